@@ -1,0 +1,1 @@
+"""Prompt pairs and where they come from."""

@@ -1,0 +1,1 @@
+"""Objectives and measures of circuits: one idea a file."""

@@ -1,0 +1,1 @@
+"""Models, their sites, and what is put into them."""

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: the module, its kinds, the spliced model, pruning."""

@@ -1,0 +1,1 @@
+"""SAE checkpoints: one file for each public format, one registry."""

@@ -1,0 +1,235 @@
+"""Putting modules in the place of hook points, and taking them out without a trace.
+
+`Splice.enter` swaps through `parent._modules` (never `setattr`, which renames hooks), enters the
+SAEs' own hooks in the model's registry under every name of the site, and refuses what would break
+the model meanwhile. `Splice.leave` undoes exactly that, also after an exception at any point.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from auto_circuit.errors import SpliceError
+from auto_circuit.model_utils.hooked_model import HookedModel, Site
+from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
+
+#: The hooks of an SAE that get names in the model: `{site}.latents` and so on.
+SAE_HOOKS = ("latents", "latent_outs", "error_out")
+
+_GUARDED = {
+    "moved or converted": "to cuda cpu mps half float double bfloat16 type _apply".split(),
+    "put in compatibility mode": ["enable_compatibility_mode", "process_weights"],
+    "copied or pickled": ["__deepcopy__", "__reduce_ex__", "__getstate__"],
+}
+
+
+class BlockOutput(nn.Module):
+    """Stands at a block's output and adds what an SAE on a branch of the stream changed."""
+
+    def __init__(self, inner: nn.Module, sae: SparseAutoencoder) -> None:
+        super().__init__()
+        self.inner = inner
+        # Not a submodule: it has its place elsewhere in the model.
+        self.__dict__["sae"] = sae
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the change at the branch, then do what stood here."""
+        change = self.__dict__["sae"].take_branch_change()
+        return self.inner(x if change is None else x + change)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+class Splice:
+    """SAEs in the place of hook points of one model.
+
+    Args:
+        hooked: the model's adapter.
+        placed: sites with their SAEs.
+        error_nodes: set on every SAE while it is spliced.
+    """
+
+    def __init__(
+        self,
+        hooked: HookedModel,
+        placed: list[tuple[Site, SparseAutoencoder]],
+        error_nodes: bool,
+    ) -> None:
+        self.hooked = hooked
+        self.placed = placed
+        self.error_nodes = error_nodes
+        self.active = False
+        self.checked = False
+        self._undo: list[Callable[[], object]] = []
+
+    # ---- entering and leaving -------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Put every SAE in its place.
+
+        Raises:
+            SpliceError: when the model, or one of the SAEs, is spliced already.
+        """
+        refuse_if_spliced(self.hooked.model)
+        self.active = True
+        self.checked = False
+        try:
+            self.hooked.prepare()
+            for site, sae in self.placed:
+                self._place(site, sae)
+            for site, sae in self.placed:
+                if site.branch_only:
+                    self._correct_block(site, sae)
+            self._guard(self.hooked.model)
+            original = getattr(self.hooked.model, "original_model", None)
+            if isinstance(original, nn.Module):
+                self._guard(original, only=("_apply",))
+            self._watch_first_forward()
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Take everything out again, last in first out."""
+        while self._undo:
+            self._undo.pop()()
+        self.active = False
+
+    def _place(self, site: Site, sae: SparseAutoencoder) -> None:
+        if sae.spliced_at is not None:
+            raise SpliceError(
+                f"The SAE for {site.name} is already spliced at {sae.spliced_at}; unsplice that "
+                f"first, or give a copy (copy.deepcopy)."
+            )
+        holders = self.hooked.holders(site.hook_point)
+        if not holders:
+            raise SpliceError(
+                f"{site.name} is no submodule of the model any more; was its hook point replaced?"
+            )
+        before = (sae.wrapped_hook, sae.error_nodes, sae.training)
+
+        def restore_sae() -> None:
+            sae.spliced_at = None
+            sae.branch_only = False
+            sae.take_branch_change()
+            sae._modules["wrapped_hook"], sae.error_nodes, sae.training = before
+            for name in SAE_HOOKS:
+                getattr(sae, name).name = None
+
+        self._undo.append(restore_sae)
+        sae.spliced_at = site.name
+        sae.branch_only = site.branch_only
+        sae.error_nodes = self.error_nodes
+        sae._modules["wrapped_hook"] = site.hook_point
+        sae.n_calls = 0
+        self._undo.append(lambda: self._repair_aliases(sae, site))
+        for parent, attribute in holders:
+            self._swap(parent, attribute, sae)
+        for name in SAE_HOOKS:
+            hook = getattr(sae, name)
+            hook.name = f"{site.canonical}.{name}"
+            for registry in self.hooked.registries():
+                for site_name in site.names:
+                    registry[f"{site_name}.{name}"] = hook
+                    self._undo.append(lambda r=registry, n=f"{site_name}.{name}": r.pop(n, None))
+
+    def _swap(self, parent: nn.Module, attribute: str, module: nn.Module) -> None:
+        before = parent._modules[attribute]
+        parent._modules[attribute] = module
+        self._undo.append(lambda: parent._modules.__setitem__(attribute, before))
+
+    def _correct_block(self, site: Site, sae: SparseAutoencoder) -> None:
+        """Make the block's output carry what the SAE changes on the branch it stands on."""
+        block = self.hooked.block(site.layer)
+        inner = block._modules["hook_out"]
+        if inner is not None:
+            self._swap(block, "hook_out", BlockOutput(inner, sae))
+
+    def _repair_aliases(self, sae: SparseAutoencoder, site: Site) -> None:
+        """Point attributes that came to name the SAE (alias attributes) back at the hook point."""
+        for module in self.hooked.model.modules():
+            for key, value in module.__dict__.items():
+                if value is sae:
+                    module.__dict__[key] = site.hook_point
+
+    # ---- refusals and the check ------------------------------------------------------------------
+
+    def _guard(self, module: nn.Module, only: tuple[str, ...] | None = None) -> None:
+        """Make what would break a spliced model say so instead."""
+        for what, names in _GUARDED.items():
+            for name in names:
+                there = hasattr(type(module), name) or name == "__deepcopy__"
+                if not there or name in module.__dict__ or (only is not None and name not in only):
+                    continue
+                module.__dict__[name] = _refusal(what)
+                self._undo.append(lambda n=name: module.__dict__.pop(n, None))
+
+    def _watch_first_forward(self) -> None:
+        def check(_module: nn.Module, _args: object, kwargs: dict[str, Any], _out: object) -> None:
+            if kwargs.get("stop_at_layer") is None and kwargs.get("start_at_layer") is None:
+                self.check()
+
+        handle = self.hooked.model.register_forward_hook(check, with_kwargs=True)
+        self._undo.append(handle.remove)
+
+    def check(self) -> None:
+        """After a whole forward pass: check, once, that every site ran exactly once.
+
+        Raises:
+            SpliceError: naming the site; the model is restored first.
+        """
+        if self.checked or not self.active:
+            return
+        self.checked = True
+        wrong = [(site, sae.n_calls) for site, sae in self.placed if sae.n_calls != 1]
+        if wrong:
+            self.leave()
+            site, calls = wrong[0]
+            raise SpliceError(
+                f"{site.name} ran {calls} times in one forward pass of this model, expected once; "
+                f"the model was restored. On this architecture its hook point ({site.canonical}) "
+                f"does not carry the activation; try another site, for example "
+                f"blocks.{site.layer}.hook_resid_post."
+            )
+
+    @contextmanager
+    def without_names(self, *hooks: str) -> Iterator[None]:
+        """Leave some of the SAEs' hooks out of the model's registry for a while."""
+        taken = [
+            (registry, name, registry.pop(name))
+            for registry in self.hooked.registries()
+            for name in list(registry)
+            if name.rpartition(".")[2] in hooks
+        ]
+        try:
+            yield
+        finally:
+            for registry, name, hook in taken:
+                registry[name] = hook
+
+
+def refuse_if_spliced(model: nn.Module) -> None:
+    """Raise a `SpliceError` when SAEs stand in this model now."""
+    spliced = [sae.spliced_at for sae in model.modules() if isinstance(sae, SparseAutoencoder)]
+    if spliced:
+        raise SpliceError(
+            f"This model is spliced already, with an SAE at {spliced[0]}. Leave that `with` block "
+            f"(or call .unsplice()) first; to use more SAEs at once, give them all to one "
+            f"sae_model call."
+        )
+
+
+def _refusal(what: str) -> Callable[..., NoReturn]:
+    def refuse(*_args: object, **_kwargs: object) -> NoReturn:
+        raise SpliceError(
+            f"SAEs are spliced into this model; it cannot be {what} now. Leave the `with` block "
+            f"(or call .unsplice()) first, do it, and splice again."
+        )
+
+    return refuse

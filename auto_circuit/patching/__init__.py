@@ -1,0 +1,1 @@
+"""Replacing what nodes write."""

@@ -1,0 +1,1 @@
+"""Algorithms that score nodes: one a file."""
