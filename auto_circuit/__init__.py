@@ -1,1 +1,82 @@
-"""x"""
+"""Sparse autoencoders as circuit nodes in TransformerLens models.
+
+The public names, imported when first used: `import auto_circuit` alone loads nothing heavy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from auto_circuit.data.prompts import PromptBatch, PromptDataset, PromptPair, read_prompts
+    from auto_circuit.data.tasks import load_prompts
+    from auto_circuit.errors import AutoCircuitError
+    from auto_circuit.graph.nodes import Node, NodeScores
+    from auto_circuit.metrics.faithfulness import FaithfulnessCurve, faithfulness_curve
+    from auto_circuit.metrics.objectives import answer_log_prob, logit_diff, prob_diff
+    from auto_circuit.model_utils.model_loading import load_model
+    from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import (
+        AutoencoderTransformer,
+        sae_model,
+    )
+    from auto_circuit.model_utils.sparse_autoencoders.checkpoints import load_saes, save_saes
+    from auto_circuit.model_utils.sparse_autoencoders.neuron_autoencoder import neuron_saes
+    from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
+    from auto_circuit.patching.ablations import Ablation
+    from auto_circuit.prune_algos.node_attribution import exact_node_effects, node_attribution
+
+_SAE = "auto_circuit.model_utils.sparse_autoencoders"
+_WHERE = {
+    "auto_circuit.data.prompts": ("PromptBatch", "PromptDataset", "PromptPair", "read_prompts"),
+    "auto_circuit.data.tasks": ("load_prompts",),
+    "auto_circuit.errors": ("AutoCircuitError",),
+    "auto_circuit.graph.nodes": ("Node", "NodeScores"),
+    "auto_circuit.metrics.faithfulness": ("FaithfulnessCurve", "faithfulness_curve"),
+    "auto_circuit.metrics.objectives": ("answer_log_prob", "logit_diff", "prob_diff"),
+    "auto_circuit.model_utils.model_loading": ("load_model",),
+    f"{_SAE}.autoencoder_transformer": ("AutoencoderTransformer", "sae_model"),
+    f"{_SAE}.checkpoints": ("load_saes", "save_saes"),
+    f"{_SAE}.neuron_autoencoder": ("neuron_saes",),
+    f"{_SAE}.sparse_autoencoder": ("SparseAutoencoder",),
+    "auto_circuit.patching.ablations": ("Ablation",),
+    "auto_circuit.prune_algos.node_attribution": ("exact_node_effects", "node_attribution"),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Ablation",
+    "AutoCircuitError",
+    "AutoencoderTransformer",
+    "FaithfulnessCurve",
+    "Node",
+    "NodeScores",
+    "PromptBatch",
+    "PromptDataset",
+    "PromptPair",
+    "SparseAutoencoder",
+    "answer_log_prob",
+    "exact_node_effects",
+    "faithfulness_curve",
+    "load_model",
+    "load_prompts",
+    "load_saes",
+    "logit_diff",
+    "neuron_saes",
+    "node_attribution",
+    "prob_diff",
+    "read_prompts",
+    "sae_model",
+    "save_saes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'auto_circuit' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

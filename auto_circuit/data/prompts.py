@@ -145,8 +145,7 @@ class PromptDataset:
         n_test = round(len(self) * test_fraction)
         if not 0 < n_test < len(self):
             raise PromptError(
-                f"Splitting {len(self)} prompts with test_fraction = {test_fraction} leaves one side "
-                f"empty."
+                f"Splitting {len(self)} prompts with test_fraction = {test_fraction} leaves one side empty."
             )
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)

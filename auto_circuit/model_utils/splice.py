@@ -171,12 +171,21 @@ class Splice:
                 self._undo.append(lambda n=name: module.__dict__.pop(n, None))
 
     def _watch_first_forward(self) -> None:
+        model = self.hooked.model
+        before = model.register_forward_pre_hook(lambda *_: self.start_count())
+        self._undo.append(before.remove)
+
         def check(_module: nn.Module, _args: object, kwargs: dict[str, Any], _out: object) -> None:
             if kwargs.get("stop_at_layer") is None and kwargs.get("start_at_layer") is None:
                 self.check()
 
-        handle = self.hooked.model.register_forward_hook(check, with_kwargs=True)
-        self._undo.append(handle.remove)
+        after = model.register_forward_hook(check, with_kwargs=True)
+        self._undo.append(after.remove)
+
+    def start_count(self) -> None:
+        """Before a forward pass: no site has run yet."""
+        for _, sae in self.placed:
+            sae.n_calls = 0
 
     def check(self) -> None:
         """After a whole forward pass: check, once, that every site ran exactly once.

@@ -57,7 +57,7 @@ def ioi_prompts(model: Any, n: int = 64, seed: int = 0, *, prepend_bos: bool | N
         pairs.setdefault(pair.clean, pair)
         if len(pairs) == n:
             return PromptDataset(list(pairs.values()), model, prepend_bos=prepend_bos)
-    raise PromptError(f"Only {len(pairs)} different IOI prompts were found for this tokenizer; asked for {n}.")
+    raise PromptError(f"Only {len(pairs)} different IOI prompts exist for this tokenizer; asked for {n}.")
 
 
 def _pair(

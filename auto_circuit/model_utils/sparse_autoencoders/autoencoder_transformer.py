@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from auto_circuit.data.prompts import PromptDataset
 from auto_circuit.errors import InputError, listed
 from auto_circuit.model_utils.hooked_model import (
     SITE_FAMILIES,
@@ -15,6 +17,7 @@ from auto_circuit.model_utils.hooked_model import (
     Site,
     hooked_model,
 )
+from auto_circuit.model_utils.sparse_autoencoders.latent_pruning import PruningResult, prune_latents
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
 from auto_circuit.model_utils.splice import Splice, refuse_if_spliced
 
@@ -82,6 +85,16 @@ class AutoencoderTransformer:
         self.error_nodes = error_nodes
         self._splice = Splice(self._hooked, placed, error_nodes)
         self._depth = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next(self.model.parameters()).device
+
+    def only_needed_layers(self) -> dict[str, int]:
+        """Arguments of a forward pass that stops after the last site."""
+        stop = max(site.layer for site in self.sites.values()) + 1
+        return {"stop_at_layer": stop} if stop < self._hooked.n_layers else {}
 
     # ---- splicing -------------------------------------------------------------------------------
 
@@ -190,7 +203,26 @@ class AutoencoderTransformer:
         with self.spliced(), self.model.hooks(*args, **kwargs):
             yield self
 
+    def prune_latents(
+        self,
+        prompts: PromptDataset,
+        max_latents: int | None = None,
+        per_position: bool = False,
+        include_corrupt: bool = True,
+        **options: Any,
+    ) -> PruningResult:
+        """Keep only the latents that a dataset uses: see `latent_pruning.prune_latents`."""
+        return prune_latents(
+            self,
+            prompts,
+            max_latents,
+            per_position=per_position,
+            include_corrupt=include_corrupt,
+            **options,
+        )
+
     def _checked(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._splice.start_count()
         out = run(*args, **kwargs)
         if kwargs.get("stop_at_layer") is None and kwargs.get("start_at_layer") is None:
             self._splice.check()

@@ -1,7 +1,7 @@
 """From a state dict to an SAE: which kind it is, and whether every tensor is there and fits."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,16 @@ from auto_circuit.errors import CheckpointError
 from auto_circuit.model_utils.sparse_autoencoders.input_scaling import scaling_from_tensors
 from auto_circuit.model_utils.sparse_autoencoders.latent_activations import activation_from_tensors
 
-if TYPE_CHECKING:
-    from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
-
 PARAMETERS = ("bias", "latent_bias", "encode_weight", "decode_weight")
 SELECTOR = ("selector_encode_weight", "selector_latent_bias", "selector_idxs")
 
 
 def sae_from_state_dict(
-    cls: type["SparseAutoencoder"],
+    cls: Any,
     wrapped_hook: HookPoint,
     state_dict: Mapping[str, Tensor],
     assign: bool,
-) -> "SparseAutoencoder":
+) -> Any:
     """Build an SAE of class `cls` (see `SparseAutoencoder.from_state_dict`)."""
     state = dict(state_dict)
     missing = [name for name in PARAMETERS if name not in state]

@@ -79,11 +79,18 @@ class SparseAutoencoder(nn.Module):
         scaling: InputScaling | None = None,
     ) -> None:
         super().__init__()
+        self._set_up(wrapped_hook, activation or ReLU(), scaling)
+        self.init_params(n_latents, n_inputs)
+
+    def _set_up(
+        self, wrapped_hook: HookPoint, activation: LatentActivation, scaling: InputScaling | None
+    ) -> None:
+        """Make everything but the parameters."""
         self.wrapped_hook = wrapped_hook
         self.latents = HookPoint()
         self.latent_outs = HookPoint()
         self.error_out = HookPoint()
-        self.activation: LatentActivation = activation or ReLU()
+        self.activation: LatentActivation = activation
         self.scaling = scaling
         self.error_nodes = False
         self.counting = True
@@ -93,7 +100,6 @@ class SparseAutoencoder(nn.Module):
         self.n_calls = 0
         self._branch_change: Tensor | None = None
         self.metadata: dict[str, Any] = {}
-        self.init_params(n_latents, n_inputs)
 
     # ---- parameters -----------------------------------------------------------------------------
 
@@ -132,7 +138,7 @@ class SparseAutoencoder(nn.Module):
 
     def forget_pruning(self) -> None:
         """Give latents the ids 0 … n_latents − 1, outside the state dict."""
-        ids = torch.arange(self.n_latents, device=self.encode_weight.device)
+        ids = torch.arange(self.n_latents, device=self.bias.device)
         self.register_buffer("latent_ids", ids, persistent=False)
         for name in SELECTOR:
             self.register_buffer(name, None)
@@ -357,7 +363,7 @@ class SparseAutoencoder(nn.Module):
         """Zero `latent_total_act`, with shape `[(batch_len,) (seq_len,) n_latents]`."""
         shape = [size for size in (batch_len, seq_len) if size is not None] + [self.n_latents]
         self._counted = (batch_len is not None, seq_len is not None)
-        total = torch.zeros(shape, device=self.encode_weight.device, dtype=torch.float32)
+        total = torch.zeros(shape, device=self.bias.device, dtype=torch.float32)
         self.register_buffer("latent_total_act", total, persistent=False)
 
     # ---- pruning --------------------------------------------------------------------------------
@@ -376,22 +382,26 @@ class SparseAutoencoder(nn.Module):
                 of positions than the weights have.
         """
         idxs = checked_idxs(idxs, self.n_latents, self.seq_len, self._where)
-        idxs = idxs.to(self.encode_weight.device)
-        per_position = self.seq_len is not None
+        idxs = idxs.to(self.bias.device)
+        ids = take_latents(self.latent_ids, idxs, self.latent_ids.ndim == 2)
         with torch.no_grad():
-            if self.activation.competes:
-                self._keep_selector(idxs)
-            else:
-                self.activation = self.activation.pruned(idxs)
-            ids = take_latents(self.latent_ids, idxs, self.latent_ids.ndim == 2)
-            for name in ("latent_bias", "encode_weight", "decode_weight"):
-                old = getattr(self, name)
-                rows = old.mT if name == "decode_weight" else old
-                kept = take_latents(rows, idxs, per_position)
-                kept = kept.mT if name == "decode_weight" else kept
-                setattr(self, name, nn.Parameter(kept, requires_grad=old.requires_grad))
+            self._keep(idxs)
         self.register_buffer("latent_ids", ids, persistent=True)
         self.reset_activated_latents(seq_len=self.seq_len)
+
+    def _keep(self, idxs: Tensor) -> None:
+        """Replace the parameters by those of the latents `idxs`."""
+        per_position = self.seq_len is not None
+        if self.activation.competes:
+            self._keep_selector(idxs)
+        else:
+            self.activation = self.activation.pruned(idxs)
+        for name in ("latent_bias", "encode_weight", "decode_weight"):
+            old = getattr(self, name)
+            rows = old.mT if name == "decode_weight" else old
+            kept = take_latents(rows, idxs, per_position)
+            kept = kept.mT if name == "decode_weight" else kept
+            setattr(self, name, nn.Parameter(kept, requires_grad=old.requires_grad))
 
     def _keep_selector(self, idxs: Tensor) -> None:
         if self.selector_idxs is None:
