@@ -12,7 +12,7 @@ inside `ln2` and carries only the MLP branch, so `Site.branch_only` says that wh
 must be added again at the block's output.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,10 @@ class HookedModel:
 
     def prepare(self) -> None:
         """Finish what the model would otherwise set up in its first forward pass."""
+
+    def remember_caches(self) -> Callable[[], None]:
+        """Return what puts back the model's own caches of its registry."""
+        return lambda: None
 
     def has_branch_only(self, kind: str) -> bool:
         """Whether a hook point of this kind carries only a branch of the stream."""
@@ -187,6 +191,13 @@ class _Bridge(HookedModel):
             wire = getattr(block, "_maybe_wire_capture_hooks", None)
             if wire is not None:
                 wire()
+
+    def remember_caches(self) -> Callable[[], None]:
+        name = "_block_alias_cache"
+        if name not in self.model.__dict__:
+            return lambda: None
+        before = self.model.__dict__[name]
+        return lambda: self.model.__dict__.__setitem__(name, before)
 
     def has_branch_only(self, kind: str) -> bool:
         return kind == "hook_resid_mid"

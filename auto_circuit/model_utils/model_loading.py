@@ -36,8 +36,8 @@ def load_model(
 
     if str(name).lower() == SMOLLM2:
         source: str | Path = smollm2_folder()
-    elif Path(name).exists():
-        source = _checked_folder(Path(name))
+    elif Path(name).exists() or isinstance(name, Path) or name.startswith((".", "/", "~")):
+        source = _checked_folder(Path(name).expanduser())
     else:
         source = str(name)
     try:
@@ -59,8 +59,9 @@ def _first_line(error: BaseException) -> str:
 
 def _checked_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
+        what = "it has no config.json" if folder.is_dir() else "there is no such folder"
         raise ModelLoadError(
-            f"{folder} is no model folder: it has no config.json. Save a model there with "
+            f"{folder} is no model folder: {what}. Save a model there with "
             f"save_pretrained (tokenizer included), or give a name on the hub."
         )
     return folder

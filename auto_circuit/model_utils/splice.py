@@ -81,6 +81,7 @@ class Splice:
         self.checked = False
         try:
             self.hooked.prepare()
+            self._undo.append(self.hooked.remember_caches())
             for site, sae in self.placed:
                 self._place(site, sae)
             for site, sae in self.placed:
@@ -219,8 +220,9 @@ class Splice:
         try:
             yield
         finally:
-            for registry, name, hook in taken:
-                registry[name] = hook
+            if self.active:  # a failed check has left already, and its names with it
+                for registry, name, hook in taken:
+                    registry[name] = hook
 
 
 def refuse_if_spliced(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The spliced model: a TransformerLens model with SAEs in the place of some of its hook points."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -27,10 +27,13 @@ _NEEDS_SPLICE = frozenset(
     "add_caching_hooks cache_all cache_some get_hook_point".split()
 )
 
+#: Site → SAE, or family of sites → one SAE for each layer. Checked by `sae_model`, hence no narrower type.
+SaesBySite = Any
+
 
 def sae_model(
     model: Any,
-    saes: Mapping[str, SparseAutoencoder | Sequence[SparseAutoencoder]],
+    saes: SaesBySite,
     *,
     error_nodes: bool = True,
 ) -> "AutoencoderTransformer":
@@ -72,7 +75,7 @@ class AutoencoderTransformer:
     def __init__(
         self,
         model: Any,
-        saes: Mapping[str, SparseAutoencoder | Sequence[SparseAutoencoder]],
+        saes: SaesBySite,
         *,
         error_nodes: bool = True,
     ) -> None:
@@ -256,7 +259,7 @@ class AutoencoderTransformer:
 
 
 def _placed(
-    hooked: HookedModel, saes: Mapping[str, SparseAutoencoder | Sequence[SparseAutoencoder]]
+    hooked: HookedModel, saes: SaesBySite
 ) -> list[tuple[Site, SparseAutoencoder]]:
     """Resolve names to sites, check that each SAE fits its own, and sort by when they run."""
     placed: list[tuple[Site, SparseAutoencoder]] = []
@@ -284,8 +287,8 @@ def _placed(
 
 
 def _by_site(
-    hooked: HookedModel, saes: Mapping[str, SparseAutoencoder | Sequence[SparseAutoencoder]]
-) -> Iterator[tuple[str, SparseAutoencoder]]:
+    hooked: HookedModel, saes: SaesBySite
+) -> Iterator[tuple[str, Any]]:
     if not isinstance(saes, Mapping):
         raise InputError(f"saes must be a mapping of site → SparseAutoencoder; given {type(saes).__name__}.")
     for name, given in saes.items():
@@ -306,7 +309,7 @@ def _by_site(
             )
 
 
-def _check_fit(hooked: HookedModel, site: Site, sae: SparseAutoencoder) -> None:
+def _check_fit(hooked: HookedModel, site: Site, sae: Any) -> None:
     if not isinstance(sae, SparseAutoencoder):
         raise InputError(f"{site.name}: expected a SparseAutoencoder, given {type(sae).__name__}.")
     if sae.n_inputs != site.width:

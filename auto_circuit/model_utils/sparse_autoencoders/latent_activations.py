@@ -127,16 +127,19 @@ class JumpReLU(_PerLatent):
 
 
 class Gated(_PerLatent):
-    """A gate that decides and a rescaled copy that measures (Rajamanoharan et al. 2024a)."""
+    """A gate that decides and a rescaled copy that measures (Rajamanoharan et al. 2024a).
+
+    Its tensors are `[(seq,) n_latents]` each.
+    """
 
     kind = "gated"
     tensors = ("gate_bias", "r_mag", "mag_bias")
 
     def __init__(
         self,
-        gate_bias: Float[Tensor, "*seq n_latents"],
-        r_mag: Float[Tensor, "*seq n_latents"],
-        mag_bias: Float[Tensor, "*seq n_latents"],
+        gate_bias: Tensor,
+        r_mag: Tensor,
+        mag_bias: Tensor,
     ) -> None:
         super().__init__(gate_bias=gate_bias, r_mag=r_mag, mag_bias=mag_bias)
 

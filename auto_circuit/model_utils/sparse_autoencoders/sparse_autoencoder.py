@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -368,7 +368,7 @@ class SparseAutoencoder(nn.Module):
 
     # ---- pruning --------------------------------------------------------------------------------
 
-    def prune_latents(self, idxs: Int[Tensor, "*seq k"]) -> None:
+    def prune_latents(self, idxs: Tensor) -> None:
         """Keep only the latents `idxs`, in that order; `latent_ids` keeps their published ids.
 
         Exact for every kind of SAE: a pruned TopK keeps its full encoder as `selector_*` and selects

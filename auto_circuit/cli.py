@@ -1,0 +1,206 @@
+"""The command line: `auto-circuit VERB …`; each verb is a few calls into the rooms below.
+
+Nothing heavy is imported until a verb runs, so that `--help` answers at once.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from auto_circuit.errors import AutoCircuitError, InputError
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_ABLATIONS = ("resample", "zero", "mean")
+_OBJECTIVES = ("logit_diff", "answer_log_prob", "prob_diff")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0 done, 2 wrong input, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], None] = arguments.run
+    try:
+        run(arguments)
+    except AutoCircuitError as error:
+        sys.stderr.write(f"auto-circuit: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("auto-circuit: interrupted; what was written so far is whole.\n")
+        return 130
+    except BrokenPipeError:
+        with suppress(BrokenPipeError):
+            sys.stdout.close()
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="auto-circuit",
+        description="Circuits of sparse-autoencoder latents and errors in TransformerLens models.",
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    hooks = verbs.add_parser("hooks", help="list the sites of a model where an SAE can stand")
+    _add_model(hooks)
+    hooks.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    hooks.set_defaults(run=_hooks)
+
+    find = verbs.add_parser(
+        "find",
+        help="score latents and errors on a task, and measure how faithful the best ones are",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model(find)
+    source = find.add_mutually_exclusive_group(required=True)
+    source.add_argument("--saes", metavar="DIR", help="folder of SAEs (SAELens layout), at any depth")
+    source.add_argument(
+        "--neurons", metavar="LAYERS", help="use MLP neurons as latents: 'all', or layers such as 6,12,18"
+    )
+    find.add_argument("--sites", metavar="NAMES", help="use only these SAEs, names separated by commas")
+    find.add_argument("--task", default="ioi", help="a task (ioi) or a JSON file of prompts")
+    find.add_argument("--prompts", type=int, default=32, metavar="N", help="number of prompt pairs")
+    find.add_argument("--seed", type=int, default=0, help="of the task's prompts")
+    find.add_argument("--objective", choices=_OBJECTIVES, default="logit_diff", help="what to explain")
+    find.add_argument("--ablation", choices=_ABLATIONS, default="resample", help="what ablated nodes write")
+    find.add_argument(
+        "--ig-steps", type=int, metavar="N", help="integrated gradients with N points, else attribution"
+    )
+    find.add_argument("--per-position", action="store_true", help="a node for each token position")
+    find.add_argument(
+        "--no-error-nodes",
+        dest="error_nodes",
+        action="store_false",
+        help="let reconstructions stand for the activations, errors dropped",
+    )
+    find.add_argument(
+        "--max-latents", type=int, metavar="N", help="first prune each SAE to at most N active latents"
+    )
+    find.add_argument("--signed", action="store_true", help="rank by score, not by absolute score")
+    find.add_argument("--top", type=int, default=5, metavar="N", help="nodes to show for each site")
+    find.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts in a pass")
+    find.add_argument("--out", metavar="DIR", help="write the results folder here")
+    find.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    find.set_defaults(run=_find)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="smollm2-135m, a folder, or a name on the hub (%(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="where to compute, such as cpu or cuda (%(default)s)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the model (%(default)s)")
+
+
+def _load_model(arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from auto_circuit.model_utils.model_loading import load_model
+
+    return load_model(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
+
+
+def _hooks(arguments: argparse.Namespace) -> None:
+    from auto_circuit.model_utils.hooked_model import SITE_KINDS, hooked_model
+    from auto_circuit.visualize.tables import text_table
+
+    sites = hooked_model(_load_model(arguments)).sites()
+    if arguments.json:
+        rows = [{"site": s.name, "canonical": s.canonical, "shape": ["batch", "seq", s.width]} for s in sites]
+        _say(json.dumps(rows, indent=2))
+        return
+    rows = [[s.name, f"[batch, seq, {s.width}]", s.canonical, SITE_KINDS[s.kind]] for s in sites]
+    _say(text_table(["site", "shape", "TransformerLens' name", "what it is"], rows))
+
+
+def _find(arguments: argparse.Namespace) -> None:
+    from auto_circuit.data.tasks import load_prompts
+    from auto_circuit.metrics.faithfulness import faithfulness_curve
+    from auto_circuit.metrics.objectives import OBJECTIVES
+    from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import sae_model
+    from auto_circuit.prune_algos.node_attribution import node_attribution
+    from auto_circuit.runs import Run
+    from auto_circuit.visualize.tables import curve_table, node_table
+
+    asked = {key: value for key, value in vars(arguments).items() if key != "run"}
+    run = Run(arguments.out, asked) if arguments.out else None
+    model = _load_model(arguments)
+    spliced = sae_model(model, _saes(arguments, model), error_nodes=arguments.error_nodes)
+    prompts = load_prompts(arguments.task, model, arguments.prompts, arguments.seed)
+    progress = sys.stderr.isatty()
+    pruning = None
+    if arguments.max_latents is not None:
+        pruning = spliced.prune_latents(
+            prompts,
+            arguments.max_latents,
+            per_position=arguments.per_position,
+            batch_size=arguments.batch_size,
+            progress=progress,
+        )
+    if run:
+        run.start(spliced, prompts)
+    options = {"ablation": arguments.ablation, "batch_size": arguments.batch_size, "progress": progress}
+    objective = OBJECTIVES[arguments.objective]
+    with spliced:
+        scores = node_attribution(
+            spliced,
+            prompts,
+            objective,
+            per_position=arguments.per_position,
+            ig_steps=arguments.ig_steps,
+            **options,
+        )
+        if run:
+            run.scored(scores)
+        curve = faithfulness_curve(spliced, scores, prompts, objective, signed=arguments.signed, **options)
+    if run:
+        run.measured(scores, curve)
+    if arguments.json:
+        from dataclasses import asdict
+
+        nodes = [asdict(node) for site in scores.sites for node in scores.top(arguments.top, site=site)]
+        _say(json.dumps({"nodes": nodes, "faithfulness_curve": asdict(curve)}, indent=2))
+        return
+    if pruning is not None:
+        _say(f"{pruning}\n")
+    _say(
+        f"{arguments.task}, {len(prompts)} prompts, {arguments.objective}: {curve.full:.3f} for the plain "
+        f"model, {curve.empty:.3f} with all {len(scores)} nodes ablated ({curve.ablation}).\n"
+    )
+    _say(node_table(scores, arguments.top, signed=arguments.signed))
+    _say("\n" + curve_table(curve))
+    if run:
+        _say(f"\nWritten: {run.folder}/ (open report.html)")
+
+
+def _saes(arguments: argparse.Namespace, model: Any) -> Any:
+    from auto_circuit.model_utils.sparse_autoencoders.checkpoints import load_saes
+    from auto_circuit.model_utils.sparse_autoencoders.neuron_autoencoder import neuron_saes
+
+    if arguments.neurons is None:
+        sites = arguments.sites.split(",") if arguments.sites else None
+        return load_saes(arguments.saes, sites=sites, device=arguments.device)
+    if arguments.sites:
+        raise InputError("--sites chooses among --saes; with --neurons name the layers instead.")
+    if arguments.neurons == "all":
+        return neuron_saes(model)
+    try:
+        layers = [int(layer) for layer in arguments.neurons.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"--neurons takes 'all' or layers separated by commas, such as 6,12,18; given "
+            f"{arguments.neurons!r}."
+        ) from error
+    return neuron_saes(model, layers)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,102 @@
+"""The peer's side of the benchmarks: auto-circuit 1.0.1, run by run.py with the Python of its environment.
+
+The peer has the same import name as this library, so this file must never see this repository on its
+path. It runs the peer's public code on the weights and tokens of our side; see our_worker.py for the work:
+    `sae`:   `forward`  one forward pass of the peer's SparseAutoencoder
+    `prune`: `prune`    the peer's pruning on a dataset, which always measures the KL
+"""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+from cases import (
+    MODEL,
+    N_INPUTS,
+    N_LATENTS,
+    PRUNED,
+    Case,
+    model_weights,
+    prompt_tokens,
+    run_worker,
+    sae_input,
+    sae_weights,
+    some_of,
+)
+
+PEER = "1.0.1"
+
+
+def sae() -> dict[str, Case]:
+    """Make the case of one SAE's forward pass."""
+    from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
+    from transformer_lens.hook_points import HookPoint
+
+    sae = SparseAutoencoder.from_state_dict(HookPoint(), sae_weights(N_LATENTS, N_INPUTS, seed=0))
+    x = sae_input()
+    return {"forward": lambda: lambda: some_of(sae(x))}
+
+
+def prune() -> dict[str, Case]:
+    """Make the case of pruning on a dataset."""
+    from auto_circuit.data import PromptDataLoader, PromptDataset
+    from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import sae_model
+
+    tokens = prompt_tokens()
+    answers = [tokens[i, :1] for i in range(len(tokens))]
+    dataset = PromptDataset(tokens, tokens, answers, answers)
+    loader = PromptDataLoader(dataset, MODEL["n_ctx"], 0, batch_size=PRUNED["batch_size"], shuffle=False)
+
+    def prepare() -> Callable[[], list[float]]:
+        spliced = sae_model(
+            _model(), "resid_delta_mlp", False, n_latents=PRUNED["n_latents"], new_instance=False
+        )
+        for layer, sae in enumerate(spliced.sparse_autoencoders):
+            sae.load_state_dict(sae_weights(PRUNED["n_latents"], MODEL["d_model"], seed=10 + layer))
+
+        def run() -> list[float]:
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                spliced._prune_latents_with_dataset(loader, PRUNED["max_latents"])
+            return [float(kl) for kl in re.findall(r"KL Div: (\S+)", said.getvalue())]
+
+        return run
+
+    return {"prune": prepare}
+
+
+def _model():
+    import torch
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    model = HookedTransformer(HookedTransformerConfig(**MODEL, device="cpu"))
+    given, heads = model_weights(), (MODEL["n_heads"], MODEL["d_head"])
+    state = {name: torch.zeros_like(old) for name, old in model.named_parameters()}
+    state["embed.W_E"], state["pos_embed.W_pos"] = given["embed"], given["pos"]
+    state["unembed.W_U"] = given["unembed"].T
+    for layer in range(MODEL["n_layers"]):
+        for name in "qkv":
+            by_head = given[f"{layer}.{name}"].unflatten(0, heads)
+            state[f"blocks.{layer}.attn.W_{name.upper()}"] = by_head.mT
+        state[f"blocks.{layer}.attn.W_O"] = given[f"{layer}.o"].T.unflatten(0, heads)
+        state[f"blocks.{layer}.mlp.W_in"] = given[f"{layer}.mlp_in"].T
+        state[f"blocks.{layer}.mlp.W_out"] = given[f"{layer}.mlp_out"].T
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def _check_peer() -> None:
+    try:
+        found = version("auto-circuit")
+    except PackageNotFoundError:
+        found = "none"
+    if found != PEER:
+        sys.exit(f"This Python has auto-circuit {found}, expected {PEER}. Build its environment: make bench-peers")
+
+
+if __name__ == "__main__":
+    _check_peer()
+    run_worker({"sae": sae, "prune": prune})
