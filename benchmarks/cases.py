@@ -88,7 +88,10 @@ def run_worker(benchmarks: dict[str, Callable[[], dict[str, Case]]]) -> None:
     parser.add_argument("benchmark", choices=benchmarks)
     parser.add_argument("--repetitions", type=int, default=3, help="timed calls of each case")
     parser.add_argument("--only", help="run this case alone, and measure its peak memory")
+    parser.add_argument("--threads", type=int, help="threads of torch; its own choice unless given")
     args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     with torch.no_grad():
         torch.randn(256, 256) @ torch.randn(256, 256)  # the threads and the library's own buffers
         cases = benchmarks[args.benchmark]()

@@ -32,8 +32,9 @@ PEER = "1.0.1"
 
 def sae() -> dict[str, Case]:
     """Make the case of one SAE's forward pass."""
-    from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
     from transformer_lens.hook_points import HookPoint
+
+    from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
 
     sae = SparseAutoencoder.from_state_dict(HookPoint(), sae_weights(N_LATENTS, N_INPUTS, seed=0))
     x = sae_input()
@@ -94,7 +95,7 @@ def _check_peer() -> None:
     except PackageNotFoundError:
         found = "none"
     if found != PEER:
-        sys.exit(f"This Python has auto-circuit {found}, expected {PEER}. Build its environment: make bench-peers")
+        sys.exit(f"This Python has auto-circuit {found}, expected {PEER}. Build it with: make bench-peers")
 
 
 if __name__ == "__main__":

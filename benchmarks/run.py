@@ -8,8 +8,10 @@ and peer_worker.py say what each case is, cases.py how times and memory are take
 processes of its own, ours and the peer's in turn, round after round in one go, on the same weights and
 tokens; the answers of the two sides are compared before their times are.
 
-Prints medians over all rounds, peak memory, ratios of medians and what the ratios should be; writes all
-of it, with every single time, to `results/`. Without the peer's environment only our side runs.
+Prints medians over all rounds, peak memory, ratios of medians (beside them, of the fastest calls) and what
+the ratios of medians should be; writes all of it, with every single time, to `results/`. Other work on the
+machine slows the two sides unequally (threads that wait for each other suffer most), so a table taken
+beside it says so; `--threads 1` is steadier there. Without the peer's environment only our side runs.
 """
 
 import argparse
@@ -26,6 +28,9 @@ from pathlib import Path
 from statistics import median
 
 HERE = Path(__file__).resolve().parent
+
+#: A median this many times the fastest call means that something else was running.
+UNSTEADY = 1.5
 
 
 @dataclass(frozen=True)
@@ -131,9 +136,11 @@ class Workers:
 
     Args:
         peer_python: the Python of the peer's environment; None: run our side only.
+        threads: threads of torch on both sides; None: as many as torch takes by itself.
     """
 
-    def __init__(self, peer_python: Path | None) -> None:
+    def __init__(self, peer_python: Path | None, threads: int | None) -> None:
+        self.options = [] if threads is None else ["--threads", str(threads)]
         self.pythons = {"ours": Path(sys.executable)} | ({"peer": peer_python} if peer_python else {})
         self.scripts = {"ours": HERE / "our_worker.py", "peer": HERE / "peer_worker.py"}
         self.threads: set[int] = set()
@@ -141,6 +148,7 @@ class Workers:
     def run(self, side: str, name: str, repetitions: int, case: str | None = None) -> list[dict]:
         """Run one worker to its end and return its lines."""
         command = [str(self.pythons[side]), str(self.scripts[side]), name, "--repetitions", str(repetitions)]
+        command += self.options
         if case is not None:
             command += ["--only", case]
         environment = dict(os.environ)
@@ -201,6 +209,7 @@ def ratios(benchmark: Benchmark, measured: dict[str, Measured]) -> list[dict]:
             continue
         over, under = measured[ratio.over], measured[ratio.under]
         times = median(over.seconds) / median(under.seconds)
+        fastest = min(over.seconds) / min(under.seconds)
         peaks = over.peak_bytes / under.peak_bytes if over.peak_bytes and under.peak_bytes else None
         reached = (ratio.at_least is None or times >= ratio.at_least) and (
             ratio.at_most is None or times <= ratio.at_most
@@ -208,7 +217,14 @@ def ratios(benchmark: Benchmark, measured: dict[str, Measured]) -> list[dict]:
         reach = f">= {ratio.at_least:g}" if ratio.at_least is not None else ""
         reach = f"<= {ratio.at_most:g}" if ratio.at_most is not None else reach
         rows.append(
-            {"ratio": ratio.says, "times": times, "peaks": peaks, "reach": reach, "reached": reached}
+            {
+                "ratio": ratio.says,
+                "times": times,
+                "fastest": fastest,
+                "peaks": peaks,
+                "reach": reach,
+                "reached": reached,
+            }
         )
     return rows
 
@@ -223,11 +239,20 @@ def print_table(benchmark: Benchmark, measured: dict[str, Measured], rows: list[
             peak = "" if m.peak_bytes is None else f"{m.peak_bytes / 2**20:,.0f} MiB"
             times = f"{_time(median(m.seconds)):>10} {_time(min(m.seconds)):>10} {len(m.seconds):>6}"
             print(f"  {label:34} {times} {peak:>12}")
-    print(f"  {'':34} {'time':>10} {'memory':>10} {'reach':>7}")
+    print(f"  {'':34} {'medians':>10} {'fastest':>10} {'memory':>10} {'reach':>7}")
     for row in rows:
         peaks = "" if row["peaks"] is None else f"{row['peaks']:.2f}"
         verdict = ("reached" if row["reached"] else "MISSED") if row["reach"] else ""
-        print(f"  {row['ratio']:34} {row['times']:>10.2f} {peaks:>10} {row['reach']:>7} {verdict}")
+        both = f"{row['times']:>10.2f} {row['fastest']:>10.2f}"
+        print(f"  {row['ratio']:34} {both} {peaks:>10} {row['reach']:>7} {verdict}")
+    unsteady = [
+        benchmark.cases[case] for case, m in measured.items() if median(m.seconds) > UNSTEADY * min(m.seconds)
+    ]
+    if unsteady:
+        print(
+            f"  Something else was running: medians more than {UNSTEADY} times the fastest call in "
+            f"{'; '.join(unsteady)}. Repeat on an idle machine before trusting the ratios."
+        )
 
 
 def _time(seconds: float) -> str:
@@ -252,10 +277,13 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=BENCHMARKS, help="run one benchmark; all unless given")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, each with both sides")
+    parser.add_argument(
+        "--threads", type=int, help="threads of torch on both sides; its own choice unless given"
+    )
     args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1; given {args.rounds}.")
-    workers = Workers(find_peer(args.peer_python))
+    if args.rounds < 1 or (args.threads is not None and args.threads < 1):
+        parser.error(f"--rounds and --threads must be at least 1; given {args.rounds} and {args.threads}.")
+    workers = Workers(find_peer(args.peer_python), args.threads)
     results = {}
     for name in [args.only] if args.only else BENCHMARKS:
         measured = measure(name, workers, args.rounds)

@@ -122,3 +122,36 @@ def fixtures() -> Path:
     if not FIXTURES.is_dir():
         pytest.skip(f"needs the fixtures at {FIXTURES}")
     return FIXTURES
+
+
+class WordTokens:
+    """Tokenises "w7 w12 …" for tests without a model: word → its number, BOS 0 first when asked."""
+
+    tokenizer = None
+
+    def to_tokens(self, text: str, prepend_bos: bool | None = None) -> torch.Tensor:
+        ids = [int(word.removeprefix("w")) for word in text.split()]
+        return torch.tensor([([] if prepend_bos is False else [0]) + ids])
+
+
+def make_prompts(n: int = 6, lengths: tuple[int, ...] = (6,), seed: int = 0) -> Any:
+    """Random prompts of the tiny models' vocabulary; clean and corrupt differ in one word."""
+    from auto_circuit import PromptDataset, PromptPair
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(size: int) -> list[str]:
+        return [f"w{i}" for i in torch.randint(3, VOCAB, (size,), generator=generator).tolist()]
+
+    pairs = []
+    for i in range(n):
+        clean = words(lengths[i % len(lengths)])
+        corrupt = [*clean[:2], *words(1), *clean[3:]]
+        answer, wrong = torch.randperm(VOCAB - 3, generator=generator)[:2].tolist()
+        pairs.append(PromptPair(" ".join(clean), " ".join(corrupt), (f" w{answer}",), (f" w{wrong}",)))
+    return PromptDataset(pairs, WordTokens())
+
+
+@pytest.fixture
+def prompts() -> Any:
+    return make_prompts(lengths=(6, 5))

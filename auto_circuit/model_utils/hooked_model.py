@@ -82,8 +82,8 @@ class HookedModel:
         return self.model.cfg.n_layers
 
     def hook_points(self) -> dict[str, HookPoint]:
-        """Every hook point by each of its names."""
-        return dict(self.model.hook_dict)
+        """Every hook point by each of its names, also where something stands in its place."""
+        return {name: _hook_point(module) for name, module in self.model.hook_dict.items()}
 
     def registries(self) -> list[dict[str, Any]]:
         """The dicts in which a hook point must be entered so that its name is found."""
@@ -176,6 +176,13 @@ class HookedModel:
         if isinstance(wrapped, nn.Linear):
             return wrapped.in_features
         return cfg.d_mlp if kind == "mlp.hook_post" else cfg.n_heads * cfg.d_head
+
+
+def _hook_point(module: Any) -> HookPoint:
+    """Return the hook point that a module in its place wraps (an alias can name either)."""
+    while not isinstance(module, HookPoint):
+        module = module.wrapped_hook
+    return module
 
 
 class _Bridge(HookedModel):

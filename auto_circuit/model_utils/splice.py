@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 from auto_circuit.errors import SpliceError
 from auto_circuit.model_utils.hooked_model import HookedModel, Site
@@ -28,22 +29,22 @@ _GUARDED = {
 class BlockOutput(nn.Module):
     """Stands at a block's output and adds what an SAE on a branch of the stream changed."""
 
-    def __init__(self, inner: nn.Module, sae: SparseAutoencoder) -> None:
+    def __init__(self, wrapped_hook: nn.Module, sae: SparseAutoencoder) -> None:
         super().__init__()
-        self.inner = inner
+        self.wrapped_hook = wrapped_hook
         # Not a submodule: it has its place elsewhere in the model.
         self.__dict__["sae"] = sae
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the change at the branch, then do what stood here."""
         change = self.__dict__["sae"].take_branch_change()
-        return self.inner(x if change is None else x + change)
+        return self.wrapped_hook(x if change is None else x + change)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
+            return getattr(super().__getattr__("wrapped_hook"), name)
 
 
 class Splice:
@@ -207,6 +208,16 @@ class Splice:
                 f"does not carry the activation; try another site, for example "
                 f"blocks.{site.layer}.hook_resid_post."
             )
+
+    def hook_point(self, name: str) -> HookPoint | None:
+        """Return the hook point of a site, or of an SAE at one, by any of its names; else None."""
+        for site, sae in self.placed:
+            if name in site.names:
+                return site.hook_point
+            site_name, _, hook = name.rpartition(".")
+            if site_name in site.names and hook in SAE_HOOKS:
+                return getattr(sae, hook)
+        return None
 
     @contextmanager
     def without_names(self, *hooks: str) -> Iterator[None]:

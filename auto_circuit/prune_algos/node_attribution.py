@@ -73,7 +73,9 @@ def node_attribution(
             f"per_position needs prompts of one length; these have {sorted(set(prompts.lengths))} tokens. "
             f"Choose prompts of one length, for example with prompts.subset."
         )
-    totals = {name: _Total(sae, per_position, prompts) for name, sae in spliced.saes.items()}
+    totals = {
+        name: _Total(sae, spliced.error_nodes, per_position, prompts) for name, sae in spliced.saes.items()
+    }
     rounds = 1 if ig_steps is None else ig_steps * len(spliced.saes)
     with spliced.spliced(), tqdm(total=len(prompts) * rounds, unit="prompt", disable=not progress) as bar:
         ablator = Ablator(spliced, prompts, ablation, batch_size)
@@ -211,8 +213,11 @@ def _path_gradient(
 class _Total:
     """Adds up one site's scores over batches, in float64."""
 
-    def __init__(self, sae: SparseAutoencoder, per_position: bool, prompts: PromptDataset) -> None:
+    def __init__(
+        self, sae: SparseAutoencoder, error_nodes: bool, per_position: bool, prompts: PromptDataset
+    ) -> None:
         self.sae = sae
+        self.error_nodes = error_nodes
         self.n_prompts = len(prompts)
         shape = [prompts.lengths[0]] if per_position else []
         self.dims = (0,) if per_position else (0, 1)
@@ -232,5 +237,5 @@ class _Total:
 
     def scores(self) -> SiteScores:
         """Return the mean over prompts."""
-        error = (self.error / self.n_prompts).float() if self.sae.error_nodes else None
+        error = (self.error / self.n_prompts).float() if self.error_nodes else None
         return SiteScores((self.latents / self.n_prompts).float(), error, self.ids)

@@ -23,8 +23,8 @@ from auto_circuit.model_utils.splice import Splice, refuse_if_spliced
 
 #: Methods of the model that work on hooks by name, so that they need the SAEs in place.
 _NEEDS_SPLICE = frozenset(
-    "add_hook add_perma_hook reset_hooks remove_all_hook_fns check_hooks_to_add list_hooks get_caching_hooks "
-    "add_caching_hooks cache_all cache_some get_hook_point".split()
+    "reset_hooks remove_all_hook_fns list_hooks get_caching_hooks add_caching_hooks cache_all "
+    "cache_some".split()
 )
 
 #: Site → SAE, or family of sites → one SAE for each layer. Checked by `sae_model`, hence no narrower type.
@@ -195,6 +195,14 @@ class AutoencoderTransformer:
         with self.spliced():
             return self._checked(self.model.run_with_hooks, *args, **kwargs)
 
+    def add_hook(self, name: Any, hook_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Add a hook by the name of a hook point (or a filter of names) to the spliced model."""
+        hook_point = self._splice.hook_point(name) if isinstance(name, str) else None
+        if hook_point is not None:
+            return hook_point.add_hook(hook_fn, *args, **kwargs)
+        with self.spliced():
+            return self.model.add_hook(name, hook_fn, *args, **kwargs)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the spliced model."""
         with self.spliced():
@@ -258,9 +266,7 @@ class AutoencoderTransformer:
         return "\n".join([f"{head}, error_nodes={self.error_nodes}", *lines, ")"])
 
 
-def _placed(
-    hooked: HookedModel, saes: SaesBySite
-) -> list[tuple[Site, SparseAutoencoder]]:
+def _placed(hooked: HookedModel, saes: SaesBySite) -> list[tuple[Site, SparseAutoencoder]]:
     """Resolve names to sites, check that each SAE fits its own, and sort by when they run."""
     placed: list[tuple[Site, SparseAutoencoder]] = []
     for name, given in _by_site(hooked, saes):
@@ -286,9 +292,7 @@ def _placed(
     return sorted(placed, key=lambda pair: pair[0].order)
 
 
-def _by_site(
-    hooked: HookedModel, saes: SaesBySite
-) -> Iterator[tuple[str, Any]]:
+def _by_site(hooked: HookedModel, saes: SaesBySite) -> Iterator[tuple[str, Any]]:
     if not isinstance(saes, Mapping):
         raise InputError(f"saes must be a mapping of site → SparseAutoencoder; given {type(saes).__name__}.")
     for name, given in saes.items():

@@ -290,7 +290,7 @@ class SparseAutoencoder(nn.Module):
             out = self.edit(flat, out)
         if out is flat:
             return x
-        out = out.reshape(x.shape)
+        out = out.reshape(x.shape).contiguous()  # models call .view on what a hook point returns
         self._branch_change = out - x if self.branch_only else None
         return out
 

@@ -191,7 +191,7 @@ def test_hooks_by_every_name_and_the_cache(shared_model: Model, tokens: Tensor) 
     for site in ("blocks.1.hook_mlp_out", "blocks.1.mlp.hook_out"):
         seen = []
         fwd = [
-            (f"{site}.{h}", lambda v, hook: seen.append((hook.name, v.shape)))
+            (f"{site}.{h}", lambda v, hook, seen=seen: seen.append((hook.name, v.shape)))
             for h in ("latents", "error_out")
         ]
         spliced.run_with_hooks(tokens, fwd_hooks=fwd)
@@ -216,6 +216,12 @@ def test_hooks_by_every_name_and_the_cache(shared_model: Model, tokens: Tensor) 
     with sae_model(model, saes) as again:
         assert not torch.equal(again(tokens), plain)
     spliced.reset_hooks()
+    assert torch.equal(spliced(tokens), plain)
+    for site in ("blocks.1.hook_mlp_out", "blocks.1.mlp.hook_out", "blocks.0.hook_resid_post"):
+        with spliced:
+            spliced.add_hook(site, lambda x, hook: x * 0)
+            assert not torch.equal(spliced(tokens), plain)
+            spliced.reset_hooks()
     assert torch.equal(spliced(tokens), plain)
     assert spliced.cfg is model.cfg and spliced.tokenizer is model.tokenizer
     assert torch.equal(spliced.to_tokens("w1 w2"), model.to_tokens("w1 w2"))
@@ -278,10 +284,10 @@ def test_while_spliced_what_would_break_the_model_is_refused(make_model: Model, 
     before = state_of(model)
     with sae_model(model, saes_for(model)) as spliced:
         acts: list[Callable[[], Any]] = [
-            lambda: model.to(torch.bfloat16), lambda: spliced.to("cpu"), lambda: model.half(), lambda: model.cpu(),
-            lambda: model.enable_compatibility_mode(), lambda: copy.deepcopy(model), lambda: copy.copy(model),
-            lambda: pickle.dumps(model), lambda: model.original_model.double(), spliced.splice,
-            lambda: sae_model(model, saes_for(model)), lambda: spliced.__enter__(),
+            lambda: model.to(torch.bfloat16), lambda: spliced.to("cpu"), lambda: model.half(),
+            lambda: model.cpu(), lambda: model.enable_compatibility_mode(), lambda: copy.deepcopy(model),
+            lambda: copy.copy(model), lambda: pickle.dumps(model), lambda: model.original_model.double(),
+            spliced.splice, lambda: sae_model(model, saes_for(model)), lambda: spliced.__enter__(),
         ]  # fmt: skip
         for act in acts:
             with pytest.raises(SpliceError, match=r"with` block|unsplice"):

@@ -290,6 +290,7 @@ def test_pruning_keeps_values_and_ids_also_the_second_time(kind: str, per_positi
         torch.testing.assert_close(twice.encode(x), z.gather(-1, ids.expand(2, SEQ, 3)))
         kept = torch.zeros_like(z).scatter(-1, ids.expand(2, SEQ, 3), 1)
         torch.testing.assert_close(twice(x), whole.decode(z * kept))
+        assert twice(x).is_contiguous()
         loaded = SparseAutoencoder.from_state_dict(HookPoint(), twice.state_dict())
         torch.testing.assert_close(loaded(x), twice(x))
         assert torch.equal(loaded.latent_ids, twice.latent_ids)

@@ -141,8 +141,7 @@ def write(folder: Path, name: str, sae: SparseAutoencoder) -> None:
 
 def _written_config(name: str, sae: SparseAutoencoder) -> dict[str, Any]:
     before = sae.metadata.get("cfg", {}) if sae.metadata.get("format") == "sae_lens" else {}
-    metadata = {**before.get("metadata", {})}
-    metadata.setdefault("hook_name", name)
+    metadata = {**before.get("metadata", {}), "hook_name": name}
     metadata.pop("latent_ids", None)
     if "latent_ids" in sae.state_dict():
         metadata["latent_ids"] = sae.latent_ids.tolist()

@@ -1,0 +1,150 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_model, make_prompts
+from transformer_lens.hook_points import HookPoint
+
+from auto_circuit import NodeScores, SparseAutoencoder, load_saes, read_prompts, save_saes
+from auto_circuit.cli import main
+
+RUN = ["config.json", "prompts.json", "scores.safetensors", "circuit.json", "metrics.json", "report.html"]
+
+
+@pytest.fixture(scope="module")
+def given(model_root: Path, tmp_path_factory: Any) -> dict[str, str]:
+    """A model folder, a folder of SAEs and a file of prompts."""
+    root = tmp_path_factory.mktemp("cli")
+    build_model("llama", model_root)
+    torch.manual_seed(0)
+    sites = ("blocks.0.hook_mlp_out", "blocks.2.hook_resid_post")
+    save_saes({site: SparseAutoencoder(HookPoint(), 16, 24) for site in sites}, root / "saes")
+    make_prompts(6, lengths=(6,)).save(root / "prompts.json")
+    return {
+        "model": str(model_root / "llama"),
+        "saes": str(root / "saes"),
+        "task": str(root / "prompts.json"),
+    }
+
+
+def find(given: dict[str, str], *extra: str) -> list[str]:
+    return ["find", "--model", given["model"], "--saes", given["saes"], "--task", given["task"], *extra]
+
+
+def test_help_answers_in_under_half_a_second_and_loads_nothing_heavy() -> None:
+    times = []
+    for verb in ([], ["find"], ["hooks"]):
+        start = time.perf_counter()
+        out = subprocess.run(
+            [sys.executable, "-m", "auto_circuit.cli", *verb, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        times.append(time.perf_counter() - start)
+        assert "usage: auto-circuit" in out.stdout
+    code = "import sys, auto_circuit, auto_circuit.cli; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+    assert min(times) < 0.5
+
+
+def test_hooks(given: dict[str, str], capsys: Any) -> None:
+    assert main(["hooks", "--model", given["model"]]) == 0
+    out = capsys.readouterr().out
+    assert "blocks.2.mlp.hook_post" in out and "[batch, seq, 40]" in out
+    assert main(["hooks", "--model", given["model"], "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 21 and rows[0]["shape"] == ["batch", "seq", 24]
+
+
+def test_find_writes_a_folder_that_is_enough_to_go_on_from(
+    given: dict[str, str], tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "runs" / "one"
+    assert main(find(given, "--out", str(out), "--prompts", "4")) == 0
+    printed = capsys.readouterr().out
+    assert "blocks.0.hook_mlp_out" in printed and "faithfulness" in printed and "latent " in printed
+    assert sorted(path.name for path in out.iterdir()) == sorted(RUN)
+    config = json.loads((out / "config.json").read_text())
+    assert config["arguments"]["prompts"] == 4 and config["versions"]["torch"] == torch.__version__
+    assert len(config["saes"]["blocks.0.hook_mlp_out"]["fingerprint"]) == 16
+    scores = NodeScores.load(out / "scores.safetensors")
+    assert len(scores) == 34
+    circuit = json.loads((out / "circuit.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text())["faithfulness_curve"]
+    reached = [k for k, f in zip(metrics["sizes"], metrics["faithfulness"], strict=True) if f >= 0.9]
+    assert len(circuit["nodes"]) == reached[0] and metrics["n_prompts"] == 4
+    names = [node["name"] for node in circuit["nodes"]]
+    assert names == [node.name for node in scores.top(len(names))]
+    from conftest import WordTokens
+
+    assert len(read_prompts(out / "prompts.json", WordTokens())) == 4
+    assert "<script" not in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--no-error-nodes", "--ablation", "zero"],
+        ["--per-position", "--ig-steps", "2", "--signed", "--ablation", "mean"],
+        ["--max-latents", "3", "--sites", "blocks.0.hook_mlp_out", "--objective", "answer_log_prob"],
+    ],
+)
+def test_options(given: dict[str, str], extra: list[str], capsys: Any) -> None:
+    assert main(find(given, "--json", "--prompts", "3", "--top", "2", *extra)) == 0
+    found = json.loads(capsys.readouterr().out)
+    curve = found["faithfulness_curve"]
+    assert curve["error_nodes"] != ("--no-error-nodes" in extra) and curve["n_prompts"] == 3
+    assert curve["sizes"][-1] == (4 if "--sites" in extra else 34 * 7 if "--per-position" in extra else 32)
+
+
+def test_neurons(given: dict[str, str], capsys: Any) -> None:
+    arguments = ["find", "--model", given["model"], "--neurons", "1,2", "--task", given["task"]]
+    assert main([*arguments, "--prompts", "2"]) == 0
+    assert "blocks.1.mlp.hook_post" in capsys.readouterr().out
+    assert main([*arguments[:-3], "1,x", *arguments[-2:]]) == 2
+    assert "separated by commas" in capsys.readouterr().err
+    assert main([*arguments, "--sites", "blocks.1.mlp.hook_post"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "/no/such/folder"}, "there is no such folder"),
+        ({"saes": "/no/such/folder"}, "is no folder"),
+        ({"task": "ioo"}, "Nearest: ioi"),
+        ({"task": "none.json"}, "Cannot read prompts"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(
+    given: dict[str, str], change: dict[str, str], words: str, capsys: Any
+) -> None:
+    assert main(find(given | change)) == 2
+    err = capsys.readouterr().err
+    assert words in err and "Traceback" not in err
+
+
+def test_an_interrupted_run_keeps_what_it_had(
+    given: dict[str, str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    from auto_circuit.metrics import faithfulness
+
+    out = tmp_path / "run"
+    assert main(find(given, "--out", str(out), "--prompts", "2")) == 0
+    monkeypatch.setattr(faithfulness, "run_nodes", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(find(given, "--out", str(out), "--prompts", "3")) == 130
+    kept = sorted(path.name for path in out.iterdir())
+    assert kept == [
+        "config.json",
+        "prompts.json",
+        "report.html",
+        "scores.safetensors",
+    ]  # nothing of the old run
+    assert "not measured" in (out / "report.html").read_text()
+    assert len(load_saes(given["saes"])) == 2
