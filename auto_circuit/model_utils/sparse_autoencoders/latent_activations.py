@@ -58,8 +58,8 @@ class ReLU(LatentActivation):
     kind = "relu"
 
     def forward(self, pre: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch n_latents"]:
-        """Map pre-activations to latents."""
-        return torch.relu(pre)
+        """Map pre-activations to latents, in their place: a second tensor as large costs a tenth more."""
+        return torch.relu_(pre)
 
 
 class TopK(LatentActivation):

@@ -2,9 +2,9 @@
 
 1. One pass over the prompts adds up every latent's absolute activation, stopping at the last site.
 2. Each SAE keeps its own active latents, largest total (or largest attribution) first.
-3. A second pass measures `KL(unpruned ‖ pruned)` of the logits with the reconstructions in place of the
+3. The SAEs are pruned, all of them or, after an error or an interrupt until the end, none.
+4. A second pass measures `KL(unpruned ‖ pruned)` of the logits with the reconstructions in place of the
    activations, that is without error nodes (with them it is zero by construction).
-4. Only then are the SAEs pruned, all of them or, after an error or an interrupt, none.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -115,10 +115,16 @@ def prune_latents(
         kept = {
             name: _kept(name, sae, totals[name], max_latents, order_by) for name, sae in spliced.saes.items()
         }
-        kl = _kl(spliced, prompts, kept, include_corrupt, batch_size, bar) if measure_kl else None
-    sites = {name: _summary(sae, totals[name], kept[name]) for name, sae in spliced.saes.items()}
-    for name, sae in spliced.saes.items():
-        sae.prune_latents(kept[name])
+        sites = {name: _summary(sae, totals[name], kept[name]) for name, sae in spliced.saes.items()}
+        whole = {name: sae.snapshot() for name, sae in spliced.saes.items()}
+        try:
+            for name, sae in spliced.saes.items():
+                sae.prune_latents(kept[name])
+            kl = _kl(spliced, prompts, whole, include_corrupt, batch_size, bar) if measure_kl else None
+        except BaseException:
+            for name, sae in spliced.saes.items():
+                sae.restore(whole[name])
+            raise
     return PruningResult(sites, kl, len(prompts) * runs)
 
 
@@ -145,7 +151,7 @@ def _total_activation(
         dims = (0,) if per_position or sae.seq_len is not None else (0, 1)
 
         def count(_module: Any, _args: Any, z: Tensor) -> None:
-            summed = z.abs().sum(dims, dtype=torch.float32).double().cpu()
+            summed = torch.linalg.vector_norm(z, 1, dims, dtype=torch.float32).double().cpu()
             totals[name] = summed if name not in totals else totals[name] + summed
 
         return count
@@ -193,28 +199,33 @@ def _kept(
 def _kl(
     spliced: Any,
     prompts: PromptDataset,
-    kept: Mapping[str, Tensor],
+    whole: Mapping[str, Any],
     include_corrupt: bool,
     batch_size: int,
     bar: Any,
 ) -> float:
-    """Mean over prompts and positions of KL(unpruned ‖ pruned), without error nodes, in nats."""
+    """Mean over prompts and positions of KL(unpruned ‖ pruned), without error nodes, in nats.
 
-    def masker(name: str, sae: SparseAutoencoder) -> Callable[[Any, Any, Tensor], Tensor]:
-        idxs = kept[name].to(sae.bias.device)
-        mask = torch.zeros(*idxs.shape[:-1], sae.n_latents, device=idxs.device, dtype=sae.bias.dtype)
-        mask.scatter_(-1, idxs, 1)
-        return lambda _module, _args, z: z * mask
+    Args:
+        spliced: with pruned SAEs.
+        prompts: the dataset.
+        whole: snapshots of the SAEs before pruning.
+        include_corrupt: whether corrupt prompts count.
+        batch_size: prompts in a pass.
+        bar: the progress bar.
+    """
+    pruned = {name: sae.snapshot() for name, sae in spliced.saes.items()}
 
-    hooks = {name: masker(name, sae) for name, sae in spliced.saes.items()}
+    def log_probs(tokens: Tensor, state: Mapping[str, Any]) -> Tensor:
+        for name, sae in spliced.saes.items():
+            sae.restore(state[name])
+        return spliced.model(tokens).float().log_softmax(-1)
+
     total, n_tokens = 0.0, 0
     with spliced.with_error_nodes(False):
         for tokens in _tokens(prompts, include_corrupt, batch_size, spliced.device):
-            unpruned = spliced.model(tokens).float().log_softmax(-1)
-            with _forward_hooks(spliced, hooks):
-                pruned = spliced.model(tokens).float().log_softmax(-1)
-            kl = torch.nn.functional.kl_div(pruned, unpruned, log_target=True, reduction="sum")
-            total += float(kl)
+            before, after = log_probs(tokens, whole), log_probs(tokens, pruned)
+            total += float(torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum"))
             n_tokens += tokens.numel()
             bar.update(len(tokens))
     return total / n_tokens

@@ -15,6 +15,7 @@ view and reading single directions is cheap.
 """
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -411,6 +412,20 @@ class SparseAutoencoder(nn.Module):
         else:
             old = self.selector_idxs
             self.register_buffer("selector_idxs", take_latents(old, idxs, old.ndim == 2))
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what pruning changes, for `restore`; tensors are shared, not copied."""
+        return {
+            "_parameters": dict(self._parameters),
+            "_buffers": dict(self._buffers),
+            "_modules": dict(self._modules),
+            "_non_persistent_buffers_set": set(self._non_persistent_buffers_set),
+            "_counted": self._counted,
+        }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Be as when the snapshot was taken."""
+        self.__dict__.update({key: copy(value) for key, value in snapshot.items()})
 
     # ---- standing in for a hook point, and staying whole while spliced ---------------------------
 

