@@ -6,6 +6,7 @@ both names possible.
 """
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from auto_circuit.data.prompts import PromptDataset, PromptPair
@@ -75,7 +76,7 @@ def _pair(
     )
 
 
-def _single(words: list[str], model: Any) -> list[str]:
+def _single(words: Sequence[str], model: Any) -> list[str]:
     """Return the words that are one token after a space, in any context."""
 
     def ids(text: str) -> list[int]:

@@ -85,7 +85,8 @@ class TopK(LatentActivation):
 
 def _read_size(module: nn.Module, _incompatible: object) -> None:
     """Keep `TopK.size` equal to its tensor after a state dict was loaded."""
-    module.size = int(module.get_buffer("k"))  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(module, TopK):
+        module.size = int(module.get_buffer("k"))
 
 
 class _PerLatent(LatentActivation):
