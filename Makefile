@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # The main job on a real language model: which MLP neurons of SmolLM2-135M carry indirect object identification.
 demo: $(VENV)/.ready
-	$(BIN)/auto-circuit find --model smollm2-135m --neurons 12,18,24 --task ioi --prompts 16 --out runs/demo
+	$(BIN)/auto-circuit find --model smollm2-135m --neurons all --task ioi --prompts 16 --out runs/demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest

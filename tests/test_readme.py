@@ -1,0 +1,36 @@
+"""What the README shows works as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from auto_circuit.cli import _parser
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.real_model
+def test_the_example_runs_as_printed(smollm2: Any, fixtures: Path, capsys: Any, monkeypatch: Any) -> None:
+    import auto_circuit
+
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    monkeypatch.setattr(auto_circuit, "load_model", lambda name: smollm2, raising=False)
+    short = code.replace("n=32", "n=4").replace("path/to/saes", str(fixtures / "smollm2_saes"))
+    exec(compile(short, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "blocks.14.hook_resid_post/error" in printed and "10245: 1.0" in printed
+
+
+def test_the_commands_are_commands() -> None:
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("auto-circuit ")]
+    assert len(commands) == 2
+    for command in commands:
+        _parser().parse_args(command)
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.M), target
