@@ -26,7 +26,7 @@ test: $(VENV)/.ready
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # TransformerLens 3.9 beside SAELens and sparsify, which are oracles there.
 oracles:
