@@ -142,6 +142,8 @@ def write(folder: Path, name: str, sae: SparseAutoencoder) -> None:
 def _written_config(name: str, sae: SparseAutoencoder) -> dict[str, Any]:
     before = sae.metadata.get("cfg", {}) if sae.metadata.get("format") == "sae_lens" else {}
     metadata = {**before.get("metadata", {}), "hook_name": name}
+    # The layout's version: without it SAELens takes the file for one of before 6 and drops the metadata.
+    metadata.setdefault("sae_lens_version", "6.0.0")
     metadata.pop("latent_ids", None)
     if "latent_ids" in sae.state_dict():
         metadata["latent_ids"] = sae.latent_ids.tolist()
