@@ -38,3 +38,25 @@ def test_topk_reads_its_size_from_a_state_dict() -> None:
     topk = TopK(2)
     topk.load_state_dict({"k": torch.tensor(1)})
     assert topk(torch.tensor([1.0, 2.0])).tolist() == [0, 2]
+
+
+def test_topk_equals_sparsify() -> None:
+    sparsify = pytest.importorskip("sparsify", reason="needs eai-sparsify (make oracles)")
+    from transformer_lens.hook_points import HookPoint
+
+    from auto_circuit import SparseAutoencoder
+
+    torch.manual_seed(0)
+    theirs = sparsify.SparseCoder(6, sparsify.SparseCoderConfig(num_latents=12, k=3))
+    with torch.no_grad():
+        theirs.b_dec.normal_()
+        theirs.encoder.bias.normal_()
+    state = {
+        "bias": theirs.b_dec, "latent_bias": theirs.encoder.bias, "encode_weight": theirs.encoder.weight,
+        "decode_weight": theirs.W_dec.T, "activation.k": torch.tensor(3),
+    }  # fmt: skip
+    ours, x = SparseAutoencoder.from_state_dict(HookPoint(), state), torch.randn(5, 6)
+    found = theirs.encode(x)
+    dense = torch.zeros(5, 12).scatter(-1, found.top_indices, found.top_acts)
+    torch.testing.assert_close(ours.encode(x), dense)
+    torch.testing.assert_close(ours(x), theirs(x).sae_out)
