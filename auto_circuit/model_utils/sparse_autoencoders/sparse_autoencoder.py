@@ -15,21 +15,20 @@ view and reading single directions is cheap.
 """
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from auto_circuit.errors import InputError, SpliceError
 from auto_circuit.model_utils.sparse_autoencoders.hook_attachment import is_attached, through
-from auto_circuit.model_utils.sparse_autoencoders.input_scaling import InputScaling, Scaled
+from auto_circuit.model_utils.sparse_autoencoders.input_scaling import InputScaling
 from auto_circuit.model_utils.sparse_autoencoders.latent_activations import LatentActivation, ReLU
-from auto_circuit.model_utils.sparse_autoencoders.latent_index import checked_idxs, take_latents
-from auto_circuit.model_utils.sparse_autoencoders.sae_state import SELECTOR, sae_from_state_dict
+from auto_circuit.model_utils.sparse_autoencoders.latent_dictionary import LatentDictionary, times
+from auto_circuit.model_utils.sparse_autoencoders.sae_state import sae_from_state_dict
 
 #: What a HookPoint answers to; asked of the SAE in its place, passed on to the wrapped hook.
 HOOK_POINT_NAMES = frozenset(
@@ -38,7 +37,7 @@ HOOK_POINT_NAMES = frozenset(
 )
 
 
-class SparseAutoencoder(nn.Module):
+class SparseAutoencoder(LatentDictionary):
     """A sparse autoencoder at a hook point.
 
     Parameters `bias [n_inputs]`, `latent_bias [(seq,) n_latents]`,
@@ -68,7 +67,6 @@ class SparseAutoencoder(nn.Module):
     """
 
     latent_total_act: Tensor
-    latent_ids: Tensor
 
     def __init__(
         self,
@@ -91,7 +89,7 @@ class SparseAutoencoder(nn.Module):
         self.latents = HookPoint()
         self.latent_outs = HookPoint()
         self.error_out = HookPoint()
-        self.activation: LatentActivation = activation
+        self.activation = activation
         self.scaling = scaling
         self.error_nodes = False
         self.counting = True
@@ -101,73 +99,6 @@ class SparseAutoencoder(nn.Module):
         self.n_calls = 0
         self._branch_change: Tensor | None = None
         self.metadata: dict[str, Any] = {}
-
-    # ---- parameters -----------------------------------------------------------------------------
-
-    def init_params(self, n_latents: int, n_inputs: int, seq_len: int | None = None) -> None:
-        """Draw Kaiming-uniform weights and zero biases.
-
-        Args:
-            n_latents: number of latents.
-            n_inputs: width of the activation.
-            seq_len: give the weights a leading sequence dimension, equal at every position.
-
-        Raises:
-            InputError: for sizes below 1, or another width than the activation's tensors have.
-        """
-        if n_latents < 1 or n_inputs < 1 or (seq_len is not None and seq_len < 1):
-            raise InputError(
-                f"SparseAutoencoder needs sizes of at least 1; given n_latents = {n_latents}, "
-                f"n_inputs = {n_inputs}, seq_len = {seq_len}."
-            )
-        if self.activation.width not in (None, n_latents):
-            raise InputError(
-                f"The {self.activation.kind} activation is for {self.activation.width} latents; "
-                f"given n_latents = {n_latents}."
-            )
-        encode = torch.empty(n_latents, n_inputs)
-        decode = torch.empty(n_latents, n_inputs).T
-        nn.init.kaiming_uniform_(encode)
-        nn.init.kaiming_uniform_(decode)
-        seq = [] if seq_len is None else [seq_len]
-        self.bias = nn.Parameter(torch.zeros(n_inputs))
-        self.latent_bias = nn.Parameter(torch.zeros(*seq, n_latents))
-        self.encode_weight = nn.Parameter(encode.expand(*seq, *encode.shape).clone())
-        self.decode_weight = nn.Parameter(decode.T.expand(*seq, *encode.shape).clone().mT)
-        self.forget_pruning()
-        self.reset_activated_latents()
-
-    def forget_pruning(self) -> None:
-        """Give latents the ids 0 … n_latents − 1, outside the state dict."""
-        ids = torch.arange(self.n_latents, device=self.bias.device)
-        self.register_buffer("latent_ids", ids, persistent=False)
-        for name in SELECTOR:
-            self.register_buffer(name, None)
-
-    @property
-    def n_latents(self) -> int:
-        """Number of latents (per position, when weights differ by position)."""
-        return self.encode_weight.shape[-2]
-
-    @property
-    def n_inputs(self) -> int:
-        """Width of the activation."""
-        return self.bias.shape[-1]
-
-    @property
-    def seq_len(self) -> int | None:
-        """Number of positions when weights differ by position, else None."""
-        return self.encode_weight.shape[0] if self.encode_weight.ndim == 3 else None
-
-    @property
-    def directions(self) -> Float[Tensor, "*seq n_latents n_inputs"]:
-        """The decoder's rows: what a coefficient of 1 writes. A view of `decode_weight`."""
-        return self.decode_weight.mT
-
-    @property
-    def constant_bias(self) -> Float[Tensor, " n_inputs"]:
-        """What the SAE writes at every token whatever it reads; zero when it scales its input."""
-        return torch.zeros_like(self.bias) if self.scaling is not None else self.bias
 
     @classmethod
     def from_state_dict(
@@ -187,19 +118,6 @@ class SparseAutoencoder(nn.Module):
 
     # ---- encoding and decoding ------------------------------------------------------------------
 
-    def encode(self, x: Float[Tensor, "*batch n_inputs"]) -> Float[Tensor, "*batch n_latents"]:
-        """Return the latents of `x [… (seq,) n_inputs]`, in published units.
-
-        Raises:
-            InputError: when the width, or the length for weights by position, does not fit.
-        """
-        return self._encode_scaled(self._scaled(x)[0])
-
-    def coefficients(self, x: Float[Tensor, "*batch n_inputs"]) -> Float[Tensor, "*batch n_latents"]:
-        """Return the coefficients of `x`: `Σ coefficient·direction + constant_bias + error = x`."""
-        scaled, scaling = self._scaled(x)
-        return _times(self._encode_scaled(scaled), scaling)
-
     def decode(self, z: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch n_inputs"]:
         """Sum the contributions of latents `z`, each through the hook `latent_outs`, and add `bias`.
 
@@ -208,54 +126,6 @@ class SparseAutoencoder(nn.Module):
         if not is_attached(self.latent_outs) and self.seq_len is None:
             return F.linear(z, self.decode_weight, self.bias)
         return self._hooked_write(z) + self.bias
-
-    def write(self, coefficients: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch d"]:
-        """Return `Σ coefficient·direction`, without hooks and without bias."""
-        return self._contract(coefficients, self.decode_weight)
-
-    def read(self, gradient: Float[Tensor, "*batch n_inputs"]) -> Float[Tensor, "*batch n_latents"]:
-        """Return `⟨gradient, direction⟩` for every latent: the transpose of `write`."""
-        return self._contract(gradient, self.directions)
-
-    def _scaled(self, x: Tensor) -> tuple[Tensor, Scaled | None]:
-        if x.shape[-1] != self.n_inputs:
-            raise InputError(
-                f"{self._where} reads activations of width {self.n_inputs}; given {tuple(x.shape)}."
-            )
-        if self.scaling is None:
-            return x, None
-        scaled = self.scaling(x)
-        return scaled.x, scaled
-
-    def _encode_scaled(self, x: Tensor) -> Tensor:
-        if self.selector_idxs is None:
-            pre = self._contract(x - self.bias, self.encode_weight, self.latent_bias)
-            return self.activation(pre)
-        # TopK latents compete with those that were pruned: select among all, then keep ours.
-        pre = self._contract(x - self.bias, self.selector_encode_weight, self.selector_latent_bias)
-        all_latents = self.activation(pre)
-        idxs = self.selector_idxs
-        if idxs.ndim == 1:
-            return all_latents[..., idxs]
-        self._check_length(x, len(idxs))
-        return all_latents.gather(-1, idxs.expand(*all_latents.shape[:-1], -1))
-
-    def _contract(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Contract the last dimension of `x` with that of `weight [(seq,) out, in]`, and add."""
-        if weight.ndim == 2:
-            return F.linear(x, weight, bias)
-        self._check_length(x, len(weight))
-        out = torch.einsum("...si,soi->...so", x, weight)
-        return out if bias is None else out + bias
-
-    def _check_length(self, x: Tensor, expected: int) -> None:
-        given = x.shape[-2] if x.ndim > 1 else None
-        if given != expected:
-            raise InputError(
-                f"{self._where} has weights for each of {expected} positions; the input has "
-                f"{given} (shape {tuple(x.shape)}). Give prompts of {expected} tokens, or prune "
-                f"with idxs of shape [k], which is the same at every position."
-            )
 
     def _contributions(self, coefficients: Tensor) -> Tensor:
         return coefficients.unsqueeze(-1) * self.directions
@@ -266,7 +136,8 @@ class SparseAutoencoder(nn.Module):
         return self.write(coefficients)
 
     @property
-    def _where(self) -> str:
+    def where(self) -> str:
+        """What errors call this SAE: by its place."""
         return f"The SAE at {self.spliced_at or getattr(self.wrapped_hook, 'name', None) or '?'}"
 
     # ---- forward --------------------------------------------------------------------------------
@@ -308,7 +179,7 @@ class SparseAutoencoder(nn.Module):
             z = self.latents(z.clone())
         if scaling is None:
             return self.decode(z).to(x.dtype)
-        out = self._hooked_write(_times(z, scaling)) + self.bias * scaling.scale + scaling.shift
+        out = self._hooked_write(times(z, scaling)) + self.bias * scaling.scale + scaling.shift
         return out.to(x.dtype)
 
     def _with_error(self, x: Tensor) -> Tensor:
@@ -324,11 +195,11 @@ class SparseAutoencoder(nn.Module):
         scaled, scaling = self._scaled(own)
         z = self._encode_scaled(scaled)
         self._count(z)
-        coefs = _times(z, scaling)
+        coefs = times(z, scaling)
         delta = torch.zeros((), dtype=own.dtype, device=own.device)
         if hooked[0] or hooked[1]:
             changed, new_z = through(self.latents, z) if hooked[0] else (False, z)
-            new_coefs = _times(new_z, scaling) if changed else coefs
+            new_coefs = times(new_z, scaling) if changed else coefs
             if hooked[1]:
                 contributions = self._contributions(coefs)
                 new = self.latent_outs(self._contributions(new_coefs).clone())
@@ -354,7 +225,7 @@ class SparseAutoencoder(nn.Module):
         total = z.detach().sum(dims, dtype=torch.float32) if dims else z.detach()
         if total.shape != self.latent_total_act.shape:
             raise InputError(
-                f"{self._where}: latents of shape {tuple(z.shape)} do not sum to latent_total_act "
+                f"{self.where}: latents of shape {tuple(z.shape)} do not sum to latent_total_act "
                 f"{tuple(self.latent_total_act.shape)}. Call reset_activated_latents(batch_len, "
                 f"seq_len) with the sizes of your prompts, or set counting = False."
             )
@@ -366,66 +237,6 @@ class SparseAutoencoder(nn.Module):
         self._counted = (batch_len is not None, seq_len is not None)
         total = torch.zeros(shape, device=self.bias.device, dtype=torch.float32)
         self.register_buffer("latent_total_act", total, persistent=False)
-
-    # ---- pruning --------------------------------------------------------------------------------
-
-    def prune_latents(self, idxs: Tensor) -> None:
-        """Keep only the latents `idxs`, in that order; `latent_ids` keeps their published ids.
-
-        Exact for every kind of SAE: a pruned TopK keeps its full encoder as `selector_*` and selects
-        among all latents. With error nodes, what pruned latents wrote moves into the error.
-
-        Args:
-            idxs: current indices `[k]`, or `[seq, k]` for other latents at each position.
-
-        Raises:
-            InputError: for indices out of range, repeated, not whole numbers, or for another number
-                of positions than the weights have.
-        """
-        idxs = checked_idxs(idxs, self.n_latents, self.seq_len, self._where)
-        idxs = idxs.to(self.bias.device)
-        ids = take_latents(self.latent_ids, idxs, self.latent_ids.ndim == 2)
-        with torch.no_grad():
-            self._keep(idxs)
-        self.register_buffer("latent_ids", ids, persistent=True)
-        self.reset_activated_latents(seq_len=self.seq_len)
-
-    def _keep(self, idxs: Tensor) -> None:
-        """Replace the parameters by those of the latents `idxs`."""
-        per_position = self.seq_len is not None
-        if self.activation.competes:
-            self._keep_selector(idxs)
-        else:
-            self.activation = self.activation.pruned(idxs)
-        for name in ("latent_bias", "encode_weight", "decode_weight"):
-            old = getattr(self, name)
-            rows = old.mT if name == "decode_weight" else old
-            kept = take_latents(rows, idxs, per_position)
-            kept = kept.mT if name == "decode_weight" else kept
-            setattr(self, name, nn.Parameter(kept, requires_grad=old.requires_grad))
-
-    def _keep_selector(self, idxs: Tensor) -> None:
-        if self.selector_idxs is None:
-            self.register_buffer("selector_encode_weight", self.encode_weight.detach())
-            self.register_buffer("selector_latent_bias", self.latent_bias.detach())
-            self.register_buffer("selector_idxs", idxs)
-        else:
-            old = self.selector_idxs
-            self.register_buffer("selector_idxs", take_latents(old, idxs, old.ndim == 2))
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return what pruning changes, for `restore`; tensors are shared, not copied."""
-        return {
-            "_parameters": dict(self._parameters),
-            "_buffers": dict(self._buffers),
-            "_modules": dict(self._modules),
-            "_non_persistent_buffers_set": set(self._non_persistent_buffers_set),
-            "_counted": self._counted,
-        }
-
-    def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Be as when the snapshot was taken."""
-        self.__dict__.update({key: copy(value) for key, value in snapshot.items()})
 
     # ---- standing in for a hook point, and staying whole while spliced ---------------------------
 
@@ -447,7 +258,7 @@ class SparseAutoencoder(nn.Module):
     def _refuse_while_spliced(self, what: str) -> None:
         if self.spliced_at is not None:
             raise SpliceError(
-                f"{self._where} is part of a model now; a spliced model or SAE cannot be {what}. "
+                f"{self.where} is part of a model now; a spliced model or SAE cannot be {what}. "
                 f"Leave the `with` block (or call .unsplice()) first."
             )
 
@@ -455,7 +266,3 @@ class SparseAutoencoder(nn.Module):
         """Say the sizes and what is special."""
         position = f", seq_len={self.seq_len}" if self.seq_len else ""
         return f"n_latents={self.n_latents}, n_inputs={self.n_inputs}{position}"
-
-
-def _times(z: Tensor, scaling: Scaled | None) -> Tensor:
-    return z if scaling is None else z * scaling.scale
