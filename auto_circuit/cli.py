@@ -61,12 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     find.add_argument("--sites", metavar="NAMES", help="use only these SAEs, names separated by commas")
     find.add_argument("--task", default="ioi", help="a task (ioi) or a JSON file of prompts")
-    find.add_argument("--prompts", type=int, default=32, metavar="N", help="number of prompt pairs")
+    find.add_argument("--prompts", type=_positive, default=32, metavar="N", help="number of prompt pairs")
     find.add_argument("--seed", type=int, default=0, help="of the task's prompts")
     find.add_argument("--objective", choices=_OBJECTIVES, default="logit_diff", help="what to explain")
     find.add_argument("--ablation", choices=_ABLATIONS, default="resample", help="what ablated nodes write")
     find.add_argument(
-        "--ig-steps", type=int, metavar="N", help="integrated gradients with N points, else attribution"
+        "--ig-steps", type=_positive, metavar="N", help="integrated gradients with N points, else attribution"
     )
     find.add_argument("--per-position", action="store_true", help="a node for each token position")
     find.add_argument(
@@ -76,15 +76,23 @@ def _parser() -> argparse.ArgumentParser:
         help="let reconstructions stand for the activations, errors dropped",
     )
     find.add_argument(
-        "--max-latents", type=int, metavar="N", help="first prune each SAE to at most N active latents"
+        "--max-latents", type=_positive, metavar="N", help="first prune each SAE to at most N active latents"
     )
     find.add_argument("--signed", action="store_true", help="rank by score, not by absolute score")
-    find.add_argument("--top", type=int, default=5, metavar="N", help="nodes to show for each site")
-    find.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts in a pass")
+    find.add_argument("--top", type=_positive, default=5, metavar="N", help="nodes to show for each site")
+    find.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="prompts in a pass")
     find.add_argument("--out", metavar="DIR", help="write the results folder here")
     find.add_argument("--json", action="store_true", help="print JSON instead of tables")
     find.set_defaults(run=_find)
     return parser
+
+
+def _positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    number = int(text) if text.strip().lstrip("+-").isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, given {text!r}")
+    return number
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -126,10 +134,12 @@ def _find(arguments: argparse.Namespace) -> None:
     from auto_circuit.visualize.tables import curve_table, node_table
 
     asked = {key: value for key, value in vars(arguments).items() if key != "run"}
-    run = Run(arguments.out, asked) if arguments.out else None
+    if arguments.out:
+        Run.check(arguments.out)
     model = _load_model(arguments)
     spliced = sae_model(model, _saes(arguments, model), error_nodes=arguments.error_nodes)
     prompts = load_prompts(arguments.task, model, arguments.prompts, arguments.seed)
+    run = Run(arguments.out, asked) if arguments.out else None
     progress = sys.stderr.isatty()
     pruning = None
     if arguments.max_latents is not None:
@@ -141,7 +151,7 @@ def _find(arguments: argparse.Namespace) -> None:
             progress=progress,
         )
     if run:
-        run.start(spliced, prompts)
+        run.start(spliced, prompts, pruning)
     options = {"ablation": arguments.ablation, "batch_size": arguments.batch_size, "progress": progress}
     objective = OBJECTIVES[arguments.objective]
     with spliced:
@@ -162,7 +172,10 @@ def _find(arguments: argparse.Namespace) -> None:
         from dataclasses import asdict
 
         nodes = [asdict(node) for site in scores.sites for node in scores.top(arguments.top, site=site)]
-        _say(json.dumps({"nodes": nodes, "faithfulness_curve": asdict(curve)}, indent=2))
+        found: dict[str, Any] = {"nodes": nodes, "faithfulness_curve": asdict(curve)}
+        if pruning is not None:
+            found["pruning"] = asdict(pruning)
+        _say(json.dumps(found, indent=2, allow_nan=False))
         return
     if pruning is not None:
         _say(f"{pruning}\n")

@@ -16,11 +16,23 @@ from typing import Any
 import torch
 
 from auto_circuit.data.prompts import PromptDataset
-from auto_circuit.files import write_json, write_text
+from auto_circuit.errors import InputError, listed
+from auto_circuit.files import replacing, write_json, write_text
 from auto_circuit.graph.nodes import NodeScores
 from auto_circuit.metrics.faithfulness import FaithfulnessCurve
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import AutoencoderTransformer
+from auto_circuit.model_utils.sparse_autoencoders.latent_pruning import PruningResult
 from auto_circuit.visualize.report import html_report
+
+#: The files of a results folder.
+RESULTS = (
+    "config.json",
+    "prompts.json",
+    "scores.safetensors",
+    "circuit.json",
+    "metrics.json",
+    "report.html",
+)
 
 
 class Run:
@@ -34,13 +46,44 @@ class Run:
     def __init__(self, folder: str | Path, arguments: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self.config: dict[str, Any] = {"arguments": dict(arguments), "versions": _versions()}
-        # What an earlier run left must not pass for this one's.
-        for name in ("scores.safetensors", "circuit.json", "metrics.json", "report.html"):
-            (self.folder / name).unlink(missing_ok=True)
-        write_json(self.folder / "config.json", self.config)
+        self.metrics: dict[str, Any] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / "config.json"):
+                pass  # it can be written; an earlier run's is kept until this one starts
+        except OSError as error:
+            raise InputError(
+                f"Cannot write results to {self.folder}: {error}. Give another folder."
+            ) from error
 
-    def start(self, spliced: AutoencoderTransformer, prompts: PromptDataset) -> None:
-        """Write what the run is about: fingerprints and prompts."""
+    @staticmethod
+    def check(folder: str | Path) -> None:
+        """Refuse, before anything is computed, a folder that holds other things than a run's results.
+
+        Raises:
+            InputError: naming what is there.
+        """
+        path = Path(folder)
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file; results need a folder. Give another name.")
+        inside = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        if inside and not (path / "config.json").is_file():
+            raise InputError(
+                f"{path} holds {listed(inside, 4)} and no config.json, so it is no results folder. Give a "
+                f"new or empty folder."
+            )
+        folders = [name for name in RESULTS if (path / name).is_dir()]
+        if folders:
+            raise InputError(f"{path} has folders where results would be written: {listed(folders)}.")
+
+    def start(
+        self, spliced: AutoencoderTransformer, prompts: PromptDataset, pruning: PruningResult | None = None
+    ) -> None:
+        """Write what the run is about, and take away what an earlier run left."""
+        for name in RESULTS:
+            (self.folder / name).unlink(missing_ok=True)
+        if pruning is not None:
+            self.metrics["pruning"] = asdict(pruning)
         self.config["model"] = {
             "class": type(spliced.model).__name__,
             "fingerprint": fingerprint(spliced.model),
@@ -71,10 +114,13 @@ class Run:
         circuit = {
             "wanted_faithfulness": faithfulness,
             "reached": size is not None,
+            "faithfulness": curve.faithfulness[curve.sizes.index(len(nodes))],
+            "size": len(nodes),
             "nodes": [{"name": node.name, **asdict(node)} for node in nodes],
         }
         write_json(self.folder / "circuit.json", circuit)
-        write_json(self.folder / "metrics.json", {"faithfulness_curve": asdict(curve)})
+        self.metrics["faithfulness_curve"] = asdict(curve)
+        write_json(self.folder / "metrics.json", self.metrics)
         self._report(scores, curve)
 
     def _report(self, scores: NodeScores, curve: FaithfulnessCurve | None) -> None:
@@ -84,13 +130,17 @@ class Run:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """Return a short hash of every parameter's name, shape, dtype and up to 4,096 of its values."""
+    """Return a short hash of what a module computes: kinds of its parts, every parameter and buffer."""
     digest = hashlib.sha256()
-    for name, tensor in module.named_parameters():
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(flat.numel() // 4096, 1)].double().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.tobytes())
+    for name, part in module.named_modules():
+        digest.update(f"{name} {type(part).__name__}\n".encode())
+    counts = "latent_total_act"  # what an SAE has seen is not what it is
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in sorted(
+        ((n, t) for n, t in tensors if not n.endswith(counts)), key=lambda pair: pair[0]
+    ):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

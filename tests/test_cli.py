@@ -78,8 +78,9 @@ def test_find_writes_a_folder_that_is_enough_to_go_on_from(
     assert len(scores) == 34
     circuit = json.loads((out / "circuit.json").read_text())
     metrics = json.loads((out / "metrics.json").read_text())["faithfulness_curve"]
-    reached = [k for k, f in zip(metrics["sizes"], metrics["faithfulness"], strict=True) if f >= 0.9]
-    assert len(circuit["nodes"]) == reached[0] and metrics["n_prompts"] == 4
+    near = [k for k, f in zip(metrics["sizes"], metrics["faithfulness"], strict=True) if 0.9 <= f <= 1.1]
+    assert len(circuit["nodes"]) == circuit["size"] == near[0] and metrics["n_prompts"] == 4
+    assert 0.9 <= circuit["faithfulness"] <= 1.1 and circuit["reached"]
     names = [node["name"] for node in circuit["nodes"]]
     assert names == [node.name for node in scores.top(len(names))]
     from conftest import WordTokens
@@ -120,14 +121,57 @@ def test_neurons(given: dict[str, str], capsys: Any) -> None:
         ({"saes": "/no/such/folder"}, "is no folder"),
         ({"task": "ioo"}, "Nearest: ioi"),
         ({"task": "none.json"}, "Cannot read prompts"),
+        ({"model": "{model}", "--device": "cuda:7"}, "Cannot compute on device 'cuda:7'"),
+        ({"--out": "{task}"}, "is a file"),
+        ({"--out": "{saes}"}, "no results folder"),
+        ({"--out": "/proc/none"}, "Cannot write results"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(
     given: dict[str, str], change: dict[str, str], words: str, capsys: Any
 ) -> None:
-    assert main(find(given | change)) == 2
+    change = {key: value.format(**given) for key, value in change.items()}
+    extra = [part for key, value in change.items() if key.startswith("--") for part in (key, value)]
+    assert main([*find(given | change), *extra]) == 2
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err
+
+
+def test_numbers_must_be_numbers(given: dict[str, str], capsys: Any) -> None:
+    for flag in ("--prompts", "--top", "--batch-size", "--max-latents", "--ig-steps"):
+        for value in ("0", "-3", "x"):
+            with pytest.raises(SystemExit) as caught:
+                main([*find(given), flag, value])
+            assert caught.value.code == 2 and "at least 1" in capsys.readouterr().err
+
+
+def test_a_call_that_fails_keeps_the_earlier_run(given: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(find(given, "--out", str(out), "--prompts", "2")) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(find(given | {"task": "ioo"}, "--out", str(out))) == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main(find(given, "--out", str(out), "--prompts", "2", "--max-latents", "2")) == 0
+    pruning = json.loads((out / "metrics.json").read_text())["pruning"]
+    assert pruning["sites"]["blocks.0.hook_mlp_out"]["n_kept"] == 2 and pruning["kl"] > 0
+
+
+def test_fingerprints_tell_saes_apart() -> None:
+    from auto_circuit.model_utils.sparse_autoencoders.latent_activations import TopK
+    from auto_circuit.runs import fingerprint
+
+    def sae(k: int = 3) -> SparseAutoencoder:
+        torch.manual_seed(0)
+        return SparseAutoencoder(HookPoint(), 50, 20, activation=TopK(k))
+
+    changed = sae()
+    changed.encode_weight.data[31, 7] += 1e-3
+    pruned = sae()
+    pruned.prune_latents(torch.arange(50).flip(0))
+    counted = sae()
+    counted(torch.randn(2, 20))
+    prints = [fingerprint(one) for one in (sae(), sae(4), changed, pruned)]
+    assert len(set(prints)) == 4 and fingerprint(counted) == prints[0]
 
 
 def test_an_interrupted_run_keeps_what_it_had(

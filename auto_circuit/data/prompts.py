@@ -93,6 +93,8 @@ class PromptDataset:
     ) -> None:
         if not pairs:
             raise PromptError("A dataset needs at least one prompt pair; none was given.")
+        if hasattr(model, "cfg") and getattr(model, "tokenizer", None) is None:
+            raise PromptError("This model has no tokenizer; save one into its folder (save_pretrained).")
         self.pairs = list(pairs)
         self.seq_labels = list(seq_labels) if seq_labels is not None else None
         self.word_idxs = dict(word_idxs) if word_idxs is not None else None
@@ -177,9 +179,22 @@ class _Tokens:
 
 def _tokenise(i: int, pair: PromptPair, model: Any, prepend_bos: bool | None) -> _Tokens:
     where = f"Prompt {i} ({pair.clean!r})"
+    for given in (pair.answers, pair.wrong_answers):
+        if isinstance(given, str) or not all(isinstance(answer, str) for answer in given):
+            raise PromptError(f"{where}: answers must be sequences of strings; given {given!r}.")
+    try:
+        "".join((pair.clean, pair.corrupt, *pair.answers, *pair.wrong_answers)).encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{where}: has characters that are no text ({error}).") from error
     if not pair.clean.strip() or not pair.corrupt.strip():
         raise PromptError(f"{where}: clean and corrupt must both have text.")
     clean, corrupt = (_ids(text, model, prepend_bos) for text in (pair.clean, pair.corrupt))
+    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if longest is not None and max(len(clean), len(corrupt)) >= longest:
+        raise PromptError(
+            f"{where}: has {longest} tokens or more, which is as many as the model reads; leave room for an "
+            f"answer."
+        )
     if len(clean) != len(corrupt):
         raise PromptError(
             f"{where}: clean has {len(clean)} tokens, corrupt ({pair.corrupt!r}) has {len(corrupt)}; "
@@ -187,7 +202,7 @@ def _tokenise(i: int, pair: PromptPair, model: Any, prepend_bos: bool | None) ->
             f"{_shown(corrupt, model)}."
         )
     answers, wrong = (
-        [_answer_id(where, pair.clean, clean, answer, model, prepend_bos) for answer in given]
+        list(dict.fromkeys(_answer_id(where, pair.clean, clean, a, model, prepend_bos) for a in given))
         for given in (pair.answers, pair.wrong_answers)
     )
     if not answers:
@@ -252,14 +267,23 @@ def read_prompts(path: str | Path, model: Any, *, prepend_bos: bool | None = Non
         raise PromptError(f"{path} has no list of prompts; {layout}.")
     if not prompts:
         raise PromptError(f"{path} has an empty list of prompts; {layout}.")
+    labels, words = content.get("seq_labels"), content.get("word_idxs")
+    if labels is not None and not _all_are(labels, list, str):
+        raise PromptError(f"{path}: seq_labels must be a list of strings; given {labels!r}.")
+    if words is not None and not (isinstance(words, dict) and _all_are(list(words.values()), list, int)):
+        raise PromptError(f"{path}: word_idxs must map words to positions; given {words!r}.")
     pairs = [_pair(f"{path}, prompt {i}", prompt) for i, prompt in enumerate(prompts)]
     return PromptDataset(
         pairs,
         model,
         prepend_bos=prepend_bos,
-        seq_labels=content.get("seq_labels"),
-        word_idxs=content.get("word_idxs"),
+        seq_labels=labels,
+        word_idxs=words,
     )
+
+
+def _all_are(items: Any, container: type, kind: type) -> bool:
+    return isinstance(items, container) and all(isinstance(item, kind) for item in items)
 
 
 def _pair(where: str, prompt: Any) -> PromptPair:

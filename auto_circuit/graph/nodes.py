@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from auto_circuit.errors import InputError, unknown_name
@@ -86,7 +86,8 @@ class NodeScores:
         return next(iter(self.sites.values())).latents.ndim == 2
 
     def __len__(self) -> int:
-        return len(self.flat())
+        parts = [s.latents.numel() + (0 if s.error is None else s.error.numel()) for s in self.sites.values()]
+        return sum(parts)
 
     def flat(self) -> Float[Tensor, " n_nodes"]:
         """Every node's score in the order of nodes."""
@@ -121,12 +122,13 @@ class NodeScores:
             n = scores.latents.numel()
             if index < n:
                 position, latent = divmod(index, scores.latents.shape[-1])
+                ids = scores.latent_ids[..., latent]
                 return Node(
                     site=name,
                     latent=latent,
-                    latent_id=int(scores.latent_ids.expand_as(scores.latents).flatten()[index]),
+                    latent_id=int(ids[position] if ids.ndim else ids),
                     position=position if self.per_position else None,
-                    score=float(scores.latents.flatten()[index]),
+                    score=float(scores.latents.view(-1)[index]),
                 )
             index -= n
             if scores.error is not None:
@@ -168,10 +170,19 @@ class NodeScores:
 
     @classmethod
     def load(cls, path: str | Path) -> "NodeScores":
-        """Read what `save` wrote; no model is needed."""
-        with safe_open(str(path), "pt") as file:
-            names = (file.metadata() or {}).get("sites", "").split("\n")
-            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        """Read what `save` wrote; no model is needed.
+
+        Raises:
+            InputError: for a file that is missing, damaged, or holds no scores.
+        """
+        try:
+            with safe_open(str(path), "pt") as file:
+                names = (file.metadata() or {})["sites"].split("\n")
+                held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError) as error:
+            raise InputError(
+                f"{path} holds no node scores ({error}); expected a file that save wrote."
+            ) from error
         return cls(
             {
                 name: SiteScores(

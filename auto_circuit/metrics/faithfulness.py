@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from auto_circuit.data.prompts import PromptDataset
 from auto_circuit.errors import InputError
 from auto_circuit.graph.nodes import NodeScores, SiteMask
-from auto_circuit.metrics.objectives import Objective, logit_diff
+from auto_circuit.metrics.objectives import Objective, evaluate, logit_diff
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import AutoencoderTransformer
 from auto_circuit.patching.ablations import Ablation, Ablator
-from auto_circuit.patching.node_patching import last_logits, run_nodes
+from auto_circuit.patching.node_patching import plain_logits, run_nodes
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,13 @@ class FaithfulnessCurve:
     signed: bool
 
     def smallest(self, faithfulness: float) -> int | None:
-        """Return the smallest measured size that is at least so faithful; None when none is."""
+        """Return the smallest measured size as faithful as asked; None when none is.
+
+        Faithfulness above 1 is an overshoot, not better than the model: .9 means from .9 to 1.1.
+        """
+        near = 1 - faithfulness + 1e-9
         return next(
-            (k for k, f in zip(self.sizes, self.faithfulness, strict=True) if f >= faithfulness), None
+            (k for k, f in zip(self.sizes, self.faithfulness, strict=True) if abs(1 - f) <= near), None
         )
 
 
@@ -91,9 +95,16 @@ def faithfulness_curve(
             node does not change.
     """
     _check_scores(spliced, scores)
+    lengths = sorted(set(prompts.lengths))
+    scored = next(iter(scores.sites.values())).latents.shape[0]
+    if scores.per_position and lengths != [scored]:
+        raise InputError(
+            f"These scores are for each of {scored} positions; the prompts have {lengths} tokens. Score and "
+            f"measure on prompts of one length."
+        )
     n_nodes = len(scores)
     sizes = default_sizes(n_nodes) if sizes is None else sorted(set(sizes))
-    if not sizes or sizes[0] < 0 or sizes[-1] > n_nodes:
+    if not sizes or sizes[0] < 0 or sizes[-1] > n_nodes or any(int(size) != size for size in sizes):
         raise InputError(f"sizes must be numbers of nodes from 0 to {n_nodes}; given {sizes}.")
     ranking = scores.ranking(signed=signed)
     every = [0, *sizes]
@@ -103,16 +114,20 @@ def faithfulness_curve(
         masks = [_masks(scores, ranking, size) for size in every]
         for batch in prompts.batches(batch_size, spliced.device):
             patches = ablator.patches(batch)
-            with torch.no_grad(), spliced.with_error_nodes(True):
-                plain = last_logits(spliced, batch.clean, {})
+            plain = plain_logits(spliced, batch)
             batch = batch.with_reference(plain)
-            totals[-1] += objective(plain, batch).double().sum().cpu()
+            totals[-1] += evaluate(objective, plain, batch).double().sum().cpu()
             bar.update(len(batch))
             for i, mask in enumerate(masks):
                 logits = run_nodes(spliced, batch, mask, patches)
-                totals[i] += objective(logits, batch).double().sum().cpu()
+                totals[i] += evaluate(objective, logits, batch).double().sum().cpu()
                 bar.update(len(batch))
     empty, *values, full = (totals / len(prompts)).tolist()
+    if not all(math.isfinite(value) for value in (empty, *values, full)):
+        raise InputError(
+            "The objective is not finite on these prompts: the model or an SAE gives NaN or infinity. Check "
+            "their weights, and try float32."
+        )
     if math.isclose(full, empty, rel_tol=1e-6, abs_tol=1e-9):
         raise InputError(
             f"Ablating every node leaves the objective at {full:.6g}, so faithfulness is not defined. "

@@ -11,8 +11,27 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from auto_circuit.data.prompts import PromptBatch
+from auto_circuit.errors import InputError
 
 Objective = Callable[[Tensor, PromptBatch], Tensor]
+
+
+def evaluate(
+    objective: Objective, logits: Float[Tensor, "batch vocab"], batch: PromptBatch
+) -> Float[Tensor, " batch"]:
+    """Return an objective's value for each prompt.
+
+    Raises:
+        InputError: when the objective returns anything but one number for each prompt.
+    """
+    values = objective(logits, batch)
+    if not isinstance(values, Tensor) or values.shape != (len(batch),):
+        given = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(
+            f"An objective returns one number for each prompt, here a tensor [{len(batch)}]; "
+            f"{getattr(objective, '__name__', 'this one')} returned {given}. Do not average over the batch."
+        )
+    return values
 
 
 def logit_diff(logits: Float[Tensor, "batch vocab"], batch: PromptBatch) -> Float[Tensor, " batch"]:

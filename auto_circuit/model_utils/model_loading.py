@@ -34,6 +34,13 @@ def load_model(
     """
     from transformer_lens.model_bridge import TransformerBridge
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelLoadError(
+            f"Cannot compute on device {str(device)!r}: {_first_line(error)} Use 'cpu', or a device that "
+            f"torch finds here."
+        ) from error
     if str(name).lower() == SMOLLM2:
         source: str | Path = smollm2_folder()
     elif Path(name).exists() or isinstance(name, Path) or name.startswith((".", "/", "~")):
@@ -42,7 +49,7 @@ def load_model(
         source = str(name)
     try:
         bridge = TransformerBridge.boot_transformers(str(source), device=str(device), dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever a damaged folder or a library of the hub's raises
         close = nearest(str(name), PACKAGED_MODELS)
         raise ModelLoadError(
             f"Cannot load the model {str(name)!r}: {_first_line(error)} Expected a folder in Hugging Face "

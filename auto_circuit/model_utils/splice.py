@@ -7,6 +7,7 @@ the model meanwhile. `Splice.leave` undoes exactly that, also after an exception
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -21,7 +22,9 @@ SAE_HOOKS = ("latents", "latent_outs", "error_out")
 
 _GUARDED = {
     "moved or converted": "to cuda cpu mps half float double bfloat16 type _apply".split(),
-    "put in compatibility mode": ["enable_compatibility_mode", "process_weights"],
+    "put in compatibility mode or set up anew": (
+        "enable_compatibility_mode process_weights process_weights_ setup clear_hook_registry".split()
+    ),
     "copied or pickled": ["__deepcopy__", "__reduce_ex__", "__getstate__"],
 }
 
@@ -89,10 +92,9 @@ class Splice:
                 if site.branch_only:
                     self._correct_block(site, sae)
             self._guard(self.hooked.model)
-            original = getattr(self.hooked.model, "original_model", None)
-            if isinstance(original, nn.Module):
-                self._guard(original, only=("_apply",))
-            self._watch_first_forward()
+            for module in self._ancestors():
+                self._guard(module, only=("_apply",))
+            self._watch_forward()
         except BaseException:
             self.leave()
             raise
@@ -172,33 +174,51 @@ class Splice:
                 module.__dict__[name] = _refusal(what)
                 self._undo.append(lambda n=name: module.__dict__.pop(n, None))
 
-    def _watch_first_forward(self) -> None:
+    def _ancestors(self) -> list[nn.Module]:
+        """Every module that has an SAE somewhere below it: converting it would convert half of it."""
+        roots = [self.hooked.model, getattr(self.hooked.model, "original_model", None)]
+        parents: dict[int, list[nn.Module]] = {}
+        for root in roots:
+            for module in root.modules() if isinstance(root, nn.Module) else ():
+                for child in module._modules.values():
+                    parents.setdefault(id(child), []).append(module)
+        found: dict[int, nn.Module] = {}
+        waiting: list[nn.Module] = [sae for _, sae in self.placed]
+        while waiting:
+            for parent in parents.get(id(waiting.pop()), ()):
+                if id(parent) not in found:
+                    found[id(parent)] = parent
+                    waiting.append(parent)
+        return list(found.values())
+
+    def _watch_forward(self) -> None:
+        """Count, in every forward pass of the model, how often each site runs, until one was whole."""
         model = self.hooked.model
-        before = model.register_forward_pre_hook(lambda *_: self.start_count())
-        self._undo.append(before.remove)
+        run = model.forward
 
-        def check(_module: nn.Module, _args: object, kwargs: dict[str, Any], _out: object) -> None:
-            if kwargs.get("stop_at_layer") is None and kwargs.get("start_at_layer") is None:
-                self.check()
+        @wraps(run)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            for _, sae in self.placed:
+                sae.n_calls = 0
+            out = run(*args, **kwargs)
+            if not self.checked and kwargs.get("start_at_layer") is None:
+                self._check(kwargs.get("stop_at_layer"))
+            return out
 
-        after = model.register_forward_hook(check, with_kwargs=True)
-        self._undo.append(after.remove)
+        model.__dict__["forward"] = forward
+        self._undo.append(lambda: model.__dict__.pop("forward", None))
 
-    def start_count(self) -> None:
-        """Before a forward pass: no site has run yet."""
-        for _, sae in self.placed:
-            sae.n_calls = 0
-
-    def check(self) -> None:
-        """After a whole forward pass: check, once, that every site ran exactly once.
+    def _check(self, stop_at_layer: int | None) -> None:
+        """After a forward pass: check that every site (below the layer it stopped at) ran exactly once.
 
         Raises:
             SpliceError: naming the site; the model is restored first.
         """
-        if self.checked or not self.active:
-            return
-        self.checked = True
-        wrong = [(site, sae.n_calls) for site, sae in self.placed if sae.n_calls != 1]
+        n_layers = self.hooked.n_layers
+        stop = n_layers if stop_at_layer is None else stop_at_layer
+        stop = stop + n_layers if stop < 0 else stop
+        self.checked = stop_at_layer is None
+        wrong = [(site, sae.n_calls) for site, sae in self.placed if site.layer < stop and sae.n_calls != 1]
         if wrong:
             self.leave()
             site, calls = wrong[0]

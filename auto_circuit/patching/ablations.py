@@ -133,7 +133,7 @@ class Ablator:
 
 
 def _add(value: Tensor, total: Tensor | None) -> Tensor:
-    summed = value.sum(0, keepdim=True)
+    summed = value.sum(0, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32))
     return summed if total is None else total + summed
 
 

@@ -59,6 +59,12 @@ def last_logits(spliced: AutoencoderTransformer, tokens: Tensor, edits: Mapping[
         return spliced.model(tokens)[:, -1]
 
 
+def plain_logits(spliced: AutoencoderTransformer, batch: PromptBatch) -> Tensor:
+    """Return the plain model's last-position logits on the clean prompts, `[batch, vocab]`."""
+    with torch.no_grad(), spliced.with_error_nodes(True):
+        return last_logits(spliced, batch.clean, {})
+
+
 def run_nodes(
     spliced: AutoencoderTransformer,
     batch: PromptBatch,

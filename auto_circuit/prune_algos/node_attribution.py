@@ -28,11 +28,11 @@ from tqdm.auto import tqdm
 from auto_circuit.data.prompts import PromptBatch, PromptDataset
 from auto_circuit.errors import InputError, unknown_name
 from auto_circuit.graph.nodes import Node, NodeScores, SiteMask, SiteScores
-from auto_circuit.metrics.objectives import Objective, logit_diff
+from auto_circuit.metrics.objectives import Objective, evaluate, logit_diff
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import AutoencoderTransformer
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
 from auto_circuit.patching.ablations import Ablation, Ablator, SitePatch, site_inputs
-from auto_circuit.patching.node_patching import last_logits, run_nodes
+from auto_circuit.patching.node_patching import last_logits, plain_logits, run_nodes
 
 
 def node_attribution(
@@ -73,11 +73,16 @@ def node_attribution(
             f"per_position needs prompts of one length; these have {sorted(set(prompts.lengths))} tokens. "
             f"Choose prompts of one length, for example with prompts.subset."
         )
-    totals = {
-        name: _Total(sae, spliced.error_nodes, per_position, prompts) for name, sae in spliced.saes.items()
-    }
     rounds = 1 if ig_steps is None else ig_steps * len(spliced.saes)
-    with spliced.spliced(), tqdm(total=len(prompts) * rounds, unit="prompt", disable=not progress) as bar:
+    with (
+        torch.inference_mode(False),
+        spliced.spliced(),
+        tqdm(total=len(prompts) * rounds, unit="prompt", disable=not progress) as bar,
+    ):
+        totals = {
+            name: _Total(sae, spliced.error_nodes, per_position, prompts)
+            for name, sae in spliced.saes.items()
+        }
         ablator = Ablator(spliced, prompts, ablation, batch_size)
         for batch in prompts.batches(batch_size, spliced.device):
             patches = ablator.patches(batch)
@@ -87,11 +92,19 @@ def node_attribution(
                 bar.update(len(batch))
                 continue
             inputs = site_inputs(spliced, batch.clean)
+            batch = batch.with_reference(plain_logits(spliced, batch))
             for name in spliced.saes:
                 gradient = _path_gradient(spliced, batch, objective, name, patches[name], ig_steps)
                 totals[name].add(inputs[name], gradient, patches[name])
                 bar.update(len(batch) * ig_steps)
-    return NodeScores({name: total.scores() for name, total in totals.items()})
+    scores = NodeScores({name: total.scores() for name, total in totals.items()})
+    for name, site in scores.sites.items():
+        if not (site.latents.isfinite().all() and (site.error is None or site.error.isfinite().all())):
+            raise InputError(
+                f"Scores at {name} are not finite: the model, the SAE or the objective gives NaN or infinity "
+                f"on these prompts. Check its weights, and try float32."
+            )
+    return scores
 
 
 def exact_node_effects(
@@ -117,24 +130,49 @@ def exact_node_effects(
         batch_size: prompts in a pass.
         progress: show a bar.
     """
+    for node in nodes:
+        _check_node(node, spliced, prompts)
     effects = [0.0] * len(nodes)
     with spliced.spliced(), tqdm(total=len(nodes) * len(prompts), disable=not progress) as bar:
         ablator = Ablator(spliced, prompts, ablation, batch_size)
         for batch in prompts.batches(batch_size, spliced.device):
             patches = ablator.patches(batch)
-            clean = objective(run_nodes(spliced, batch, {}, patches), batch)
+            batch = batch.with_reference(plain_logits(spliced, batch))
+            clean = evaluate(objective, run_nodes(spliced, batch, {}, patches), batch)
             for i, node in enumerate(nodes):
                 mask = {node.site: _all_but(node, spliced, batch.clean.shape[1])}
-                ablated = objective(run_nodes(spliced, batch, mask, patches), batch)
+                ablated = evaluate(objective, run_nodes(spliced, batch, mask, patches), batch)
                 effects[i] += float((clean - ablated).double().sum()) / len(prompts)
                 bar.update(len(batch))
     return effects
 
 
-def _all_but(node: Node, spliced: AutoencoderTransformer, seq_len: int) -> SiteMask:
-    """Return the mask that keeps every node of a site but one."""
+def _check_node(node: Node, spliced: AutoencoderTransformer, prompts: PromptDataset) -> None:
+    """Refuse a node that this spliced model does not have, also one of before a pruning."""
     if node.site not in spliced.saes:
         raise unknown_name("site with an SAE", node.site, spliced.saes)
+    sae = spliced.saes[node.site]
+    length = sae.seq_len or min(prompts.lengths)
+    fits = node.position is None or 0 <= node.position < length
+    if node.latent is None:
+        fits = fits and spliced.error_nodes
+    else:
+        fits = (
+            fits and 0 <= node.latent < sae.n_latents and (sae.seq_len is None or node.position is not None)
+        )
+        if fits:
+            ids = sae.latent_ids if sae.latent_ids.ndim == 1 else sae.latent_ids[node.position]
+            fits = int(ids[node.latent]) == node.latent_id
+    if not fits:
+        raise InputError(
+            f"{node.name} (index {node.latent}) is no node of this model: {node.site} has {sae.n_latents} "
+            f"latents{', an error' if spliced.error_nodes else ', no error node'} and prompts of at least "
+            f"{length} tokens. Take nodes from scores made after pruning or changing SAEs."
+        )
+
+
+def _all_but(node: Node, spliced: AutoencoderTransformer, seq_len: int) -> SiteMask:
+    """Return the mask that keeps every node of a site but one."""
     sae = spliced.saes[node.site]
     by_position = [] if node.position is None else [seq_len]
     latents = torch.ones(*by_position, sae.n_latents, dtype=torch.bool)
@@ -167,7 +205,10 @@ def _gradients(
     with torch.enable_grad():
         edits = {name: tap(name, sae) for name, sae in spliced.saes.items()}
         logits = last_logits(spliced, batch.clean, edits)
-        gradients = torch.autograd.grad(objective(logits, batch).sum(), list(outputs.values()))
+        # With error nodes and nothing patched these logits are the plain model's.
+        reference = logits.detach() if spliced.error_nodes else plain_logits(spliced, batch)
+        value = evaluate(objective, logits, batch.with_reference(reference)).sum()
+        gradients = torch.autograd.grad(value, list(outputs.values()))
     return {
         name: (inputs[name], gradient.to(inputs[name].dtype))
         for name, gradient in zip(outputs, gradients, strict=True)
@@ -202,7 +243,7 @@ def _path_gradient(
 
         with torch.enable_grad():
             logits = last_logits(spliced, batch.clean, {name: edit})
-            gradient = torch.autograd.grad(objective(logits, batch).sum(), leaf)[0]
+            gradient = torch.autograd.grad(evaluate(objective, logits, batch).sum(), leaf)[0]
         gradient = gradient.to(sae.bias.dtype)
         total = gradient if total is None else total + gradient
     if total is None:
@@ -229,9 +270,10 @@ class _Total:
     def add(self, x: Tensor, gradient: Tensor, patch: SitePatch) -> None:
         """Add a batch: `x, gradient [batch, seq, n_inputs]`."""
         change = self.sae.coefficients(x) - patch.coefficients
-        latents = (change * self.sae.read(gradient)).sum(self.dims, dtype=torch.float64).cpu()
+        derivative = self.sae.read(gradient).float()
+        latents = (change.float() * derivative).sum(self.dims, dtype=torch.float64).cpu()
         # Σ over latents of the scores is ⟨g, write(change)⟩; the rest of the input's change is the error's.
-        whole = (gradient * (x - patch.x)).sum(-1).sum(self.dims, dtype=torch.float64).cpu()
+        whole = (gradient.float() * (x - patch.x).float()).sum(-1).sum(self.dims, dtype=torch.float64).cpu()
         self.latents += latents
         self.error += whole - latents.sum(-1)
 

@@ -45,6 +45,7 @@ def test_answers_are_filled_where_a_prompt_has_fewer() -> None:
         (dict(answers=(" w6 w7",)), "the answer ' w6 w7' must be one token"),
         (dict(answers=("6",)), "merges with the end of the prompt"),
         (dict(wrong_answers=(" w6",)), "among the answers and the wrong answers"),
+        (dict(clean="w3 \ud800"), "characters that are no text"),
     ],
 )
 def test_a_wrong_prompt_is_named(changes: Any, words: str) -> None:
@@ -96,6 +97,28 @@ def test_wrong_files(tmp_path: Path, text: str, words: str) -> None:
         load_prompts(tmp_path / "none.json", WordTokens())
     with pytest.raises(UnknownNameError, match="Nearest: ioi"):
         load_prompts("iol", WordTokens())
+
+
+def test_duplicate_answers_count_once() -> None:
+    data = PromptDataset([pair(answers=(" w6", " w6"))], WordTokens())
+    assert next(data.batches()).answers.tolist() == [[6]]
+
+
+def test_what_the_model_cannot_read(shared_model: Any, tmp_path: Path) -> None:
+    model = shared_model("gpt2")
+    long = " ".join(["w3"] * 40)
+    with pytest.raises(PromptError, match="32 tokens or more"):
+        PromptDataset([pair(clean=long, corrupt=long)], model)
+    with pytest.raises(PromptError, match="no tokenizer"):
+        PromptDataset([pair()], shared_model("native_attn_only"))
+    for extra, words in (
+        ({"seq_labels": 5}, "list of strings"),
+        ({"word_idxs": [1]}, "map words to positions"),
+    ):
+        data = {"prompts": [{"clean": "w", "corrupt": "w", "answers": [], "wrong_answers": []}], **extra}
+        (tmp_path / "p.json").write_text(json.dumps(data))
+        with pytest.raises(PromptError, match=words):
+            read_prompts(tmp_path / "p.json", WordTokens())
 
 
 def test_split() -> None:

@@ -62,6 +62,13 @@ def test_without_error_nodes_full_is_still_the_plain_model(shared_model: Any, pr
     assert curve.sizes == default_sizes(48) == [1, 2, 5, 10, 20, 48]
 
 
+def test_an_overshoot_is_not_faithful() -> None:
+    curve = ac.FaithfulnessCurve(
+        [1, 2, 5, 9], [6.7, 0.5, 1.1, 1.0], [0.0] * 4, 1.0, 0.0, 3, "zero", True, False
+    )
+    assert curve.smallest(0.9) == 5 and curve.smallest(0.95) == 9 and curve.smallest(0.4) == 2
+
+
 def test_per_position_masks(shared_model: Any) -> None:
     model, saes, prompts = shared_model("gpt2"), make_saes(), make_prompts(lengths=(6,))
     spliced = ac.sae_model(model, saes)
@@ -79,6 +86,9 @@ def test_per_position_masks(shared_model: Any) -> None:
 def test_wrong_input(shared_model: Any, prompts: Any) -> None:
     spliced = ac.sae_model(shared_model("gpt2"), make_saes())
     scores = ac.node_attribution(spliced, prompts, progress=False)
+    each = ac.node_attribution(spliced, make_prompts(lengths=(6,)), per_position=True, progress=False)
+    with pytest.raises(InputError, match=r"each of 7 positions; the prompts have \[6, 7\]"):
+        ac.faithfulness_curve(spliced, each, prompts, progress=False)
     for sizes in ([-1], [52], []):
         with pytest.raises(InputError, match="0 to 51"):
             ac.faithfulness_curve(spliced, scores, prompts, sizes=sizes, progress=False)

@@ -28,7 +28,7 @@ def test_a_failure_while_entering_leaves_nothing(
     model = make_model("gpt2")
     plain = model(tokens)
     names = set(model.hook_dict)
-    monkeypatch.setattr(splice_module.Splice, "_watch_first_forward", lambda self: 1 / 0)
+    monkeypatch.setattr(splice_module.Splice, "_watch_forward", lambda self: 1 / 0)
     saes = {f"blocks.{i}.hook_resid_mid": SparseAutoencoder(HookPoint(), 8, 24) for i in range(3)}
     with pytest.raises(ZeroDivisionError):
         sae_model(model, saes).splice()

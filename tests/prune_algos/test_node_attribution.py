@@ -225,6 +225,54 @@ def test_per_position_adds_up_and_works_on_saes_pruned_per_position(shared_model
         ac.node_attribution(spliced, prompts, progress=False)
 
 
+@pytest.mark.parametrize("error_nodes", [True, False])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_objectives_can_compare_with_the_plain_model(
+    shared_model: Any, prompts: Any, error_nodes: bool, steps: int | None
+) -> None:
+    model, seen = shared_model("gpt2"), []
+
+    def distance(logits: Tensor, batch: Any) -> Tensor:
+        with torch.no_grad():
+            seen.append(torch.equal(batch.reference_logits, plain[tuple(batch.idxs.tolist())]))
+        return -(logits - batch.reference_logits).abs().sum(-1)
+
+    plain = {tuple(b.idxs.tolist()): model(b.clean)[:, -1] for b in prompts.batches()}
+    spliced = ac.sae_model(model, make_saes(), error_nodes=error_nodes)
+    scores = ac.node_attribution(spliced, prompts, distance, ig_steps=steps, progress=False)
+    ac.exact_node_effects(spliced, prompts, scores.top(1), distance, progress=False)
+    assert seen and all(seen)
+
+
+def test_inference_mode_outside_changes_nothing(shared_model: Any, prompts: Any) -> None:
+    model, saes = shared_model("gpt2"), make_saes()
+    spliced = ac.sae_model(model, saes)
+    expected = ac.node_attribution(spliced, prompts, progress=False)
+    with torch.inference_mode():
+        scores = ac.node_attribution(spliced, prompts, progress=False)
+        spliced.prune_latents(prompts, 5, progress=False)
+        for sae in saes.values():
+            sae.reset_activated_latents()
+    assert torch.equal(scores.flat(), expected.flat())
+    spliced(next(prompts.batches()).clean).sum().backward()
+    model.zero_grad(set_to_none=True)
+    assert (saes[SITES[0]].latent_total_act > 0).any()
+
+
+def test_float64_and_bfloat16_models(make_model: Any, prompts: Any) -> None:
+    reference = None
+    for dtype, tolerance in ((torch.float64, 1e-3), (torch.float32, 1e-3), (torch.bfloat16, 0.5)):
+        model = make_model("llama", dtype)
+        saes = ac.neuron_saes(model, [1])
+        assert saes["blocks.1.mlp.hook_post"].bias.dtype == torch.promote_types(dtype, torch.float32)
+        spliced = ac.sae_model(model, saes)
+        scores = ac.node_attribution(spliced, prompts, ablation="mean", progress=False)
+        reference = scores.flat() if reference is None else reference
+        assert (scores.flat() - reference).norm() < tolerance * reference.norm()
+        assert scores.sites["blocks.1.mlp.hook_post"].error.abs() < 1e-6
+        spliced.prune_latents(prompts, 5, progress=False)
+
+
 def test_wrong_input(shared_model: Any, prompts: Any) -> None:
     spliced = ac.sae_model(shared_model("gpt2"), make_saes())
     with pytest.raises(InputError, match="one length; these have \\[6, 7\\]"):
@@ -233,6 +281,27 @@ def test_wrong_input(shared_model: Any, prompts: Any) -> None:
         ac.node_attribution(spliced, prompts, ig_steps=0, progress=False)
     with pytest.raises(UnknownNameError, match="resample"):
         ac.node_attribution(spliced, prompts, ablation="resampl", progress=False)
+    scores = ac.node_attribution(spliced, prompts, progress=False)
+    for node in (
+        ac.Node(SITES[0], -1, -1, None, 0.0), ac.Node(SITES[0], 500, 500, None, 0.0),
+        ac.Node(SITES[0], 1, 1, 9, 0.0), ac.Node(SITES[0], 3, 4, None, 0.0),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="is no node of this model"):
+            ac.exact_node_effects(spliced, prompts, [node], progress=False)
+    without = ac.sae_model(spliced.model, spliced.saes, error_nodes=False)
+    with pytest.raises(InputError, match="no error node"):
+        ac.exact_node_effects(without, prompts, [n for n in scores if n.latent is None], progress=False)
+    with pytest.raises(InputError, match="one number for each prompt"):
+        ac.node_attribution(spliced, prompts, lambda logits, batch: logits.mean(), progress=False)
+    spliced.saes[SITES[1]].latent_bias.data[2] = torch.nan
+    with pytest.raises(InputError, match=f"Scores at {SITES[0]} are not finite|Scores at {SITES[1]}"):
+        ac.node_attribution(spliced, prompts, progress=False)
+    with pytest.raises(InputError, match=f"Latents at {SITES[1]} are not finite"):
+        spliced.prune_latents(prompts, progress=False)
+    spliced.saes[SITES[1]].latent_bias.data[2] = 0
+    spliced.prune_latents(prompts, 6, progress=False)
+    with pytest.raises(InputError, match="is no node of this model"):  # another latent stands there now
+        ac.exact_node_effects(spliced, prompts, scores.top(40), progress=False)
     nodes = [ac.Node("blocks.9.hook_mlp_out", 0, 0, None, 0.0)]
     with pytest.raises(UnknownNameError, match=r"blocks.0.hook_mlp_out"):
         ac.exact_node_effects(spliced, prompts, nodes, progress=False)

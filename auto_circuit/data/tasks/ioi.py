@@ -83,4 +83,6 @@ def _single(words: Sequence[str], model: Any) -> list[str]:
         return model.to_tokens(text, prepend_bos=False)[0].tolist()
 
     stem = ids("and")
-    return [word for word in words if len(ids(f"and {word}")) == len(stem) + 1]
+    unknown = getattr(getattr(model, "tokenizer", None), "unk_token_id", None)
+    found = {word: ids(f"and {word}") for word in words}
+    return [w for w, tokens in found.items() if len(tokens) == len(stem) + 1 and tokens[-1] != unknown]

@@ -1,6 +1,6 @@
 """The spliced model: a TransformerLens model with SAEs in the place of some of its hook points."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -186,14 +186,14 @@ class AutoencoderTransformer:
         """
         with self.spliced():
             if kwargs.get("names_filter") is not None:
-                return self._checked(self.model.run_with_cache, *args, **kwargs)
+                return self.model.run_with_cache(*args, **kwargs)
             with self._splice.without_names("latent_outs"):
-                return self._checked(self.model.run_with_cache, *args, **kwargs)
+                return self.model.run_with_cache(*args, **kwargs)
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Run the spliced model with temporary hooks."""
         with self.spliced():
-            return self._checked(self.model.run_with_hooks, *args, **kwargs)
+            return self.model.run_with_hooks(*args, **kwargs)
 
     def add_hook(self, name: Any, hook_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Add a hook by the name of a hook point (or a filter of names) to the spliced model."""
@@ -231,13 +231,6 @@ class AutoencoderTransformer:
             include_corrupt=include_corrupt,
             **options,
         )
-
-    def _checked(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._splice.start_count()
-        out = run(*args, **kwargs)
-        if kwargs.get("stop_at_layer") is None and kwargs.get("start_at_layer") is None:
-            self._splice.check()
-        return out
 
     def to(self, *args: Any, **kwargs: Any) -> "AutoencoderTransformer":
         """Move or convert the model and its SAEs (not while spliced)."""
@@ -296,10 +289,13 @@ def _by_site(hooked: HookedModel, saes: SaesBySite) -> Iterator[tuple[str, Any]]
     if not isinstance(saes, Mapping):
         raise InputError(f"saes must be a mapping of site → SparseAutoencoder; given {type(saes).__name__}.")
     for name, given in saes.items():
-        if isinstance(given, SparseAutoencoder):
+        if not isinstance(name, str):
+            raise InputError(f"Sites are named by strings such as blocks.3.hook_mlp_out; given {name!r}.")
+        if isinstance(given, SparseAutoencoder) and name not in SITE_FAMILIES and name not in SITE_KINDS:
             yield name, given
         elif name in SITE_FAMILIES or name in SITE_KINDS:
             sites = hooked.family(name)
+            given = list(given) if isinstance(given, Iterable) else [given]
             if len(given) != len(sites):
                 raise InputError(
                     f"{name} stands for {len(sites)} sites ({listed(sites, 3)}); given "

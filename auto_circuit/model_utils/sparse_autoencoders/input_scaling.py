@@ -72,7 +72,8 @@ class ConstantNormScaling(InputScaling):
 
     def forward(self, x: Float[Tensor, "*batch n_inputs"]) -> Scaled:
         """Scale each token of `x`."""
-        scale = x.norm(dim=-1, keepdim=True) / self.get_buffer("norm")
+        norm = x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)  # a zero token stays zero
+        scale = norm / self.get_buffer("norm")
         return Scaled(x / scale, scale, torch.zeros_like(scale))
 
 

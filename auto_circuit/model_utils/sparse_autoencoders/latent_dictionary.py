@@ -191,7 +191,7 @@ class LatentDictionary(nn.Module):
             InputError: for indices out of range, repeated, not whole numbers, or for another number
                 of positions than the weights have.
         """
-        idxs = checked_idxs(idxs, self.n_latents, self.seq_len, self.where)
+        idxs = checked_idxs(torch.as_tensor(idxs), self.n_latents, self.seq_len, self.where)
         idxs = idxs.to(self.bias.device)
         ids = take_latents(self.latent_ids, idxs, self.latent_ids.ndim == 2)
         with torch.no_grad():

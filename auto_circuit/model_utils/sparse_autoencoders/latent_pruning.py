@@ -107,8 +107,9 @@ def prune_latents(
         )
     runs = 2 if include_corrupt else 1
     with (
-        spliced.edits({}),
+        torch.inference_mode(False),
         torch.no_grad(),
+        spliced.edits({}),
         tqdm(total=len(prompts) * runs * (2 if measure_kl else 1), disable=not progress) as bar,
     ):
         totals = _total_activation(spliced, prompts, per_position, include_corrupt, batch_size, bar)
@@ -151,7 +152,8 @@ def _total_activation(
         dims = (0,) if per_position or sae.seq_len is not None else (0, 1)
 
         def count(_module: Any, _args: Any, z: Tensor) -> None:
-            summed = torch.linalg.vector_norm(z, 1, dims, dtype=torch.float32).double().cpu()
+            dtype = torch.promote_types(z.dtype, torch.float32)
+            summed = torch.linalg.vector_norm(z, 1, dims, dtype=dtype).double().cpu()
             totals[name] = summed if name not in totals else totals[name] + summed
 
         return count
@@ -178,6 +180,11 @@ def _kept(
     name: str, sae: SparseAutoencoder, total: Tensor, max_latents: int | None, order_by: NodeScores | None
 ) -> Tensor:
     """Return the indices to keep, `[k]` or `[seq, k]`, best first."""
+    if not total.isfinite().all():
+        raise InputError(
+            f"Latents at {name} are not finite on these prompts: {int((~total.isfinite()).sum())} are NaN or "
+            f"infinity. Check the weights of the model and of the SAE."
+        )
     rank = total
     if order_by is not None:
         scored = order_by.sites.get(name)
@@ -187,6 +194,10 @@ def _kept(
                 f"order_by has no scores for the {sae.n_latents} latents at {name}; it has {given}."
             )
         rank = scored.latents.abs().double()
+        if rank.ndim == total.ndim == 2 and len(rank) != len(total):
+            raise InputError(
+                f"order_by has scores for {len(rank)} positions; these prompts have {len(total)} tokens."
+            )
         rank = rank.sum(0) if rank.ndim > total.ndim else rank.expand_as(total)
     active = total > 0
     # Active latents first, by rank; then inactive ones by index (the sort is stable).

@@ -102,8 +102,8 @@ def neuron_saes(model: Any, layers: Iterable[int] | None = None) -> dict[str, Sp
         layers: which layers; None: all.
 
     Returns:
-        Site (`blocks.{layer}.mlp.hook_post`) → identity dictionary, on the model's device and in its
-        dtype.
+        Site (`blocks.{layer}.mlp.hook_post`) → identity dictionary, on the model's device, in float32 or
+        wider.
 
     Raises:
         InputError: for a layer that does not exist or has no such site.
@@ -118,5 +118,7 @@ def neuron_saes(model: Any, layers: Iterable[int] | None = None) -> dict[str, Sp
     saes: dict[str, SparseAutoencoder] = {}
     for layer in wanted:
         sae = NeuronAutoencoder(HookPoint(), sites[layer].width)
-        saes[sites[layer].name] = sae.to(device=like.device, dtype=like.dtype)
+        # Half precision would round sums over latents; a neuron's value itself is exact in float32.
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        saes[sites[layer].name] = sae.to(device=like.device, dtype=dtype)
     return saes

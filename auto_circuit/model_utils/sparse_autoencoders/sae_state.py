@@ -12,6 +12,7 @@ from auto_circuit.model_utils.sparse_autoencoders.input_scaling import scaling_f
 from auto_circuit.model_utils.sparse_autoencoders.latent_activations import activation_from_tensors
 
 PARAMETERS = ("bias", "latent_bias", "encode_weight", "decode_weight")
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SELECTOR = ("selector_encode_weight", "selector_latent_bias", "selector_idxs")
 
 
@@ -31,6 +32,12 @@ def sae_from_state_dict(
     shape = state["encode_weight"].shape
     if len(shape) not in (2, 3) or 0 in (shape[0], shape[-1]) and shape[-2] != 0:
         raise CheckpointError(f"encode_weight must be [(seq,) n_latents, n_inputs]; given {tuple(shape)}.")
+    dtypes = {str(state[name].dtype) for name in PARAMETERS}
+    if len(dtypes) > 1 or not all(state[name].dtype in _DTYPES for name in PARAMETERS):
+        raise CheckpointError(
+            f"An SAE's tensors must share one floating-point dtype of {[str(d) for d in _DTYPES]}; given "
+            f"{sorted(dtypes)}. Convert them first."
+        )
     _check_shapes(state)
     with torch.device("meta"):
         sae = cls(wrapped_hook, max(shape[-2], 1), shape[-1])
@@ -78,7 +85,7 @@ def _check_shapes(state: Mapping[str, Tensor]) -> None:
     }
     for name, tensor in state.items():
         if name.startswith("activation.") and name != "activation.k":
-            expected[name] = [*seq, n_latents]
+            expected[name] = [*(seq if tensor.ndim == 2 else []), n_latents]
         if name in ("latent_ids", "selector_idxs"):
             expected[name] = [*(seq if tensor.ndim == 2 else []), n_latents]
     present = [name for name in SELECTOR if name in state]

@@ -85,6 +85,7 @@ class SparseAutoencoder(LatentDictionary):
         self, wrapped_hook: HookPoint, activation: LatentActivation, scaling: InputScaling | None
     ) -> None:
         """Make everything but the parameters."""
+        self.register_state_dict_post_hook(_contiguous_decoder)
         self.wrapped_hook = wrapped_hook
         self.latents = HookPoint()
         self.latent_outs = HookPoint()
@@ -155,7 +156,7 @@ class SparseAutoencoder(LatentDictionary):
         self.n_calls += 1
         self._branch_change = None
         flat = x
-        if x.shape[-1] != self.n_inputs and x.ndim > 1 and x.shape[-2:].numel() == self.n_inputs:
+        if x.shape[-1] != self.n_inputs and x.ndim > 2 and x.shape[-2:].numel() == self.n_inputs:
             flat = x.flatten(-2)
         out = self._with_error(flat) if self.error_nodes else self._without_error(flat)
         if self.edit is not None:
@@ -235,7 +236,8 @@ class SparseAutoencoder(LatentDictionary):
         """Zero `latent_total_act`, with shape `[(batch_len,) (seq_len,) n_latents]`."""
         shape = [size for size in (batch_len, seq_len) if size is not None] + [self.n_latents]
         self._counted = (batch_len is not None, seq_len is not None)
-        total = torch.zeros(shape, device=self.bias.device, dtype=torch.float32)
+        with torch.inference_mode(False):  # so that later runs outside of it can count too
+            total = torch.zeros(shape, device=self.bias.device, dtype=torch.float32)
         self.register_buffer("latent_total_act", total, persistent=False)
 
     # ---- standing in for a hook point, and staying whole while spliced ---------------------------
@@ -266,3 +268,10 @@ class SparseAutoencoder(LatentDictionary):
         """Say the sizes and what is special."""
         position = f", seq_len={self.seq_len}" if self.seq_len else ""
         return f"n_latents={self.n_latents}, n_inputs={self.n_inputs}{position}"
+
+
+def _contiguous_decoder(_sae: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Give `decode_weight` out in its own layout, which safetensors needs; ours is row after row."""
+    name = f"{prefix}decode_weight"
+    if isinstance(state.get(name), Tensor):
+        state[name] = state[name].contiguous()

@@ -39,7 +39,7 @@ def state_of(model: Any) -> dict[str, Any]:
         (
             n,
             sorted((k, id(v)) for k, v in m.__dict__.items() if isinstance(v, nn.Module)),
-            sorted(set(m.__dict__) & {"to", "_apply", "__getstate__"}),
+            sorted(set(m.__dict__) & {"to", "_apply", "__getstate__", "forward"}),
         )
         for n, m in model.named_modules()
     ]
@@ -264,6 +264,9 @@ def test_what_cannot_be_is_refused_with_the_nearest_that_can(make_model: Model, 
         ({"blocks.1.hook_mlp_out": nn.Linear(2, 2)}, InputError, "given Linear"),
         ({"blocks.1.hook_mlp_out": [sae]}, InputError, "site families"),
         ({"resid_delta": [sae]}, InputError, "resid_delta_mlp"),
+        ({"resid": sae}, InputError, "stands for 3 sites.*given 1 SAEs"),
+        ({"resid": (s for s in (sae, other))}, InputError, "given 2 SAEs"),
+        ({3: sae}, InputError, "named by strings"),
         ({}, InputError, "No SAEs were given"),
         ([sae], InputError, "given list"),
     ]
@@ -284,6 +287,7 @@ def test_while_spliced_what_would_break_the_model_is_refused(make_model: Model, 
     before = state_of(model)
     with sae_model(model, saes_for(model)) as spliced:
         acts: list[Callable[[], Any]] = [
+            lambda: model.blocks.half(), lambda: model.blocks[0].mlp.to(torch.float64),
             lambda: model.to(torch.bfloat16), lambda: spliced.to("cpu"), lambda: model.half(),
             lambda: model.cpu(), lambda: model.enable_compatibility_mode(), lambda: copy.deepcopy(model),
             lambda: copy.copy(model), lambda: pickle.dumps(model), lambda: model.original_model.double(),
@@ -292,7 +296,7 @@ def test_while_spliced_what_would_break_the_model_is_refused(make_model: Model, 
         for act in acts:
             with pytest.raises(SpliceError, match=r"with` block|unsplice"):
                 act()
-        assert next(model.parameters()).dtype == torch.float32
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert spliced.is_spliced
     assert_same(before, model)
     copy.deepcopy(model)
@@ -325,6 +329,16 @@ def test_a_site_that_never_runs_is_named_and_the_model_restored(make_model: Mode
         with pytest.raises(SpliceError, match="blocks.1.hook_mlp_out ran 0 times"):
             getattr(sae_model(model, saes_for(model, ["hook_mlp_out"], [1])), run)(tokens)
         assert_same(before, model)
+    with pytest.raises(SpliceError, match="ran 0 times"), sae_model(model, saes_for(model, ["hook_mlp_out"])):
+        model.run_with_cache(tokens)  # called on the model itself
+    from conftest import make_prompts
+
+    import auto_circuit as ac
+
+    for work in (ac.node_attribution, lambda s, p, **kw: s.prune_latents(p, **kw)):
+        with pytest.raises(SpliceError, match="blocks.1.hook_attn_out ran 0 times"):
+            work(sae_model(model, saes_for(model, ["hook_attn_out"], [1])), make_prompts(2), progress=False)
+    assert_same(before, model)
     seen = []
     model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: seen.append(x.shape))])
     assert seen == [(2, 7, 24)]
@@ -361,6 +375,11 @@ def test_hooked_transformer_of_transformerlens_3(tokens: Tensor) -> None:
             assert all(sae.n_calls == 1 for sae in saes.values())
             _, cache = spliced.run_with_cache(tokens)
             assert cache["blocks.1.attn.hook_z.latents"].shape == (2, 7, 16)
+        assert_same(before, model)
+        with sae_model(model, saes):
+            for act in (model.setup, model.process_weights_):
+                with pytest.raises(SpliceError, match="set up anew"):
+                    act()
         assert_same(before, model)
         for kind in SITE_KINDS:
             one = saes_for(model, [kind], [1])

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,6 +297,24 @@ def test_pruning_keeps_values_and_ids_also_the_second_time(kind: str, per_positi
         assert torch.equal(loaded.latent_ids, twice.latent_ids)
         twice.error_nodes = True
         assert twice(x) is x
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated"])
+def test_weights_by_position_make_the_trip_through_safetensors(kind: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    sae = make(kind)
+    sae.init_params(N, D, SEQ)
+    sae.prune_latents(torch.tensor([3, 1, 4]))
+    save_file(sae.state_dict(), tmp_path / "sae.safetensors")
+    again = SparseAutoencoder.from_state_dict(HookPoint(), load_file(tmp_path / "sae.safetensors"))
+    x = torch.randn(2, SEQ, D)
+    assert torch.equal(again(x), sae(x)) and again.latent_ids.tolist() == [3, 1, 4]
+
+
+def test_a_zero_token_stays_finite() -> None:
+    sae = make("relu", "constant_norm")
+    assert sae(torch.zeros(1, SEQ, D)).isfinite().all()
 
 
 def test_init_params_forgets_pruning() -> None:

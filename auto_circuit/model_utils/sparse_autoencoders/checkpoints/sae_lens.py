@@ -96,7 +96,10 @@ def read(folder: Path) -> SparseAutoencoder:
     ids = cfg.get("metadata", {}).get("latent_ids")
     if ids is not None:
         state["latent_ids"] = torch.tensor(ids, dtype=torch.long)
-    sae = SparseAutoencoder.from_state_dict(HookPoint(), state, assign=True)
+    try:
+        sae = SparseAutoencoder.from_state_dict(HookPoint(), state, assign=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     sae.metadata = {"format": "sae_lens", "path": str(folder), "cfg": cfg}
     return sae
 
@@ -113,6 +116,19 @@ def check(name: str, sae: SparseAutoencoder) -> None:
             f"{name}: a pruned TopK SAE selects among all its latents, for which SAELens' layout has no "
             f"place. Save the SAE before pruning, or save sae.state_dict()."
         )
+    norms = {LayerNormScaling: 1e-5, ConstantNormScaling: sae.n_inputs**0.5}
+    scaling = sae.scaling
+    for kind, value in norms.items():
+        if scaling is not None and isinstance(scaling, kind):
+            own = float(scaling.get_buffer(kind.setting))
+            if abs(own - value) > 1e-6 * value:
+                raise CheckpointError(
+                    f"{name}: SAELens always takes {kind.setting} = {value:g} for {kind.kind}; this SAE has "
+                    f"{own:g}. Save sae.state_dict() instead."
+                )
+    broken = [key for key, tensor in sae.named_parameters() if not tensor.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{name}: {listed(broken)} have values that are not finite; nothing was saved.")
     if sae.activation.kind not in ("relu", "topk", "jumprelu", "gated") or type(sae) is not SparseAutoencoder:
         raise CheckpointError(f"{name}: SAELens' layout has no {type(sae).__name__} ({sae.activation.kind}).")
 
@@ -203,13 +219,22 @@ def _known_settings(folder: Path, cfg: dict[str, Any]) -> str:
             f"{path}: normalize_activations {normalize!r} is not one that can be loaded; expected "
             f"{listed(NORMALIZATIONS)}."
         )
-    if cfg.get("activation_fn", "relu") != "relu" and architecture == "standard":
-        raise CheckpointError(
-            f"{path}: a standard SAE with activation_fn {cfg['activation_fn']!r} is not a ReLU SAE; "
-            f"load and save it once with SAELens 6."
-        )
-    if architecture == "topk" and not (isinstance(cfg.get("k"), int) and cfg["k"] >= 1):
-        raise CheckpointError(f"{path}: a topk SAE needs a whole number k ≥ 1; given {cfg.get('k')!r}.")
+    for key in ("activation_fn", "activation_fn_str"):
+        if cfg.get(key, "relu") != "relu" and architecture == "standard":
+            raise CheckpointError(
+                f"{path}: a standard SAE with {key} {cfg[key]!r} is not a ReLU SAE; load and save it once "
+                f"with SAELens 6."
+            )
+    for key in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+        if not isinstance(cfg.get(key, True), bool):
+            raise CheckpointError(f"{path}: {key} must be true or false; given {cfg[key]!r}.")
+    k, width = cfg.get("k"), cfg.get("d_sae")
+    if architecture == "topk" and not (type(k) is int and type(width) is int and 1 <= k <= width):
+        raise CheckpointError(f"{path}: a topk SAE needs a whole number k from 1 to {width}; given {k!r}.")
+    ids = cfg.get("metadata", {}).get("latent_ids")
+    fine = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids) and len(set(ids)) == width
+    if ids is not None and not (fine and len(ids) == width):
+        raise CheckpointError(f"{path}: metadata.latent_ids must be {width} different whole numbers from 0.")
     return architecture
 
 
@@ -234,6 +259,10 @@ def _tensors(folder: Path, cfg: dict[str, Any], architecture: str) -> dict[str, 
             raise CheckpointError(
                 f"{path}: {name} has shape {tuple(tensors[name].shape)}; {CONFIG} (d_in = {d}, "
                 f"d_sae = {n}) makes it {shape}."
+            )
+        if tensors[name].dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            raise CheckpointError(
+                f"{path}: {name} has dtype {tensors[name].dtype}; expected a float of 16, 32 or 64 bits."
             )
         if not torch.isfinite(tensors[name]).all():
             count = int((~torch.isfinite(tensors[name])).sum())

@@ -118,6 +118,14 @@ def damaged(tmp_path: Path, cfg: dict[str, Any] | None = None, **tensors: torch.
         ({"normalize_activations": "expected_average_only_in"}, {}, "fold_activation_norm_scaling_factor"),
         ({"normalize_activations": "covariance_whitening"}, {}, "expected none, layer_norm"),
         ({"activation_fn": "topk"}, {}, "not a ReLU SAE"),
+        ({"activation_fn_str": "topk"}, {}, "not a ReLU SAE"),
+        ({"apply_b_dec_to_input": "false"}, {}, "must be true or false"),
+        ({"architecture": "topk", "k": True}, {}, "whole number k"),
+        ({"architecture": "topk", "k": 10**30}, {}, "from 1 to 12"),
+        ({"metadata": {"latent_ids": ["a"] * 12}}, {}, "12 different whole numbers"),
+        ({"metadata": {"latent_ids": [0] * 12}}, {}, "12 different whole numbers"),
+        ({}, {"b_dec": torch.zeros(6, dtype=torch.long)}, "b_dec has dtype torch.int64"),
+        ({}, {"b_dec": torch.zeros(6, dtype=torch.float64)}, "one floating-point dtype"),
         ({"d_in": 7}, {}, r"shape \(6, 12\); cfg.json \(d_in = 7"),
         ({}, {"threshold": torch.zeros(12)}, r"extra: \['threshold'\]"),
         ({}, {"b_dec": None}, r"missing: \['b_dec'\]"),
@@ -165,6 +173,13 @@ def test_what_the_layout_cannot_hold_is_refused_before_anything_is_written(tmp_p
     for sae, words in ((topk, "selects among all"), (position, "2 positions")):
         with pytest.raises(CheckpointError, match=words):
             save_saes({"a": random_sae("standard"), "b": sae}, tmp_path / "out")
+    broken = random_sae("standard")
+    broken.bias.data[0] = torch.nan
+    odd = random_sae("standard")
+    odd.scaling = LayerNormScaling(0.5)
+    for sae, words in ((broken, "bias have values that are not finite"), (odd, "always takes eps = 1e-05")):
+        with pytest.raises(CheckpointError, match=words):
+            save_saes({"a": sae}, tmp_path / "out")
     with pytest.raises(CheckpointError, match="folder's name"):
         save_saes({"../a": random_sae("standard")}, tmp_path / "out")
     with pytest.raises(UnknownNameError, match="Nearest: sae_lens"):
