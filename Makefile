@@ -27,6 +27,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -m 'not real_model' tests/test_readme.py
 
 # TransformerLens 3.9 beside SAELens and sparsify, which are oracles there.
 oracles:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
@@ -238,6 +239,13 @@ def hooked_model(model: Any) -> HookedModel:
         f"TransformerLens 3); given {type(model).__name__}. Load one with auto_circuit.load_model, "
         f"or TransformerBridge.boot_transformers(name)."
     )
+
+
+def boot_model(source: str, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """Boot a Hugging Face folder or hub name as a `TransformerBridge`; errors are the libraries' own."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(source, device=str(device), dtype=dtype)
 
 
 def parse_layers(model: Any, layers: Any) -> list[int]:

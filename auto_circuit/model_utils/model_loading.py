@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from auto_circuit.errors import ModelLoadError, listed, nearest
+from auto_circuit.model_utils.hooked_model import boot_model
 
 SMOLLM2 = "smollm2-135m"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,8 +33,6 @@ def load_model(
     Raises:
         ModelLoadError: when the model cannot be found or read; the message says what to do.
     """
-    from transformer_lens.model_bridge import TransformerBridge
-
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -48,7 +47,7 @@ def load_model(
     else:
         source = str(name)
     try:
-        bridge = TransformerBridge.boot_transformers(str(source), device=str(device), dtype=dtype)
+        bridge = boot_model(str(source), device, dtype)
     except Exception as error:  # whatever a damaged folder or a library of the hub's raises
         close = nearest(str(name), PACKAGED_MODELS)
         raise ModelLoadError(
