@@ -156,24 +156,6 @@ def test_a_call_that_fails_keeps_the_earlier_run(given: dict[str, str], tmp_path
     assert pruning["sites"]["blocks.0.hook_mlp_out"]["n_kept"] == 2 and pruning["kl"] > 0
 
 
-def test_fingerprints_tell_saes_apart() -> None:
-    from auto_circuit.model_utils.sparse_autoencoders.latent_activations import TopK
-    from auto_circuit.runs import fingerprint
-
-    def sae(k: int = 3) -> SparseAutoencoder:
-        torch.manual_seed(0)
-        return SparseAutoencoder(HookPoint(), 50, 20, activation=TopK(k))
-
-    changed = sae()
-    changed.encode_weight.data[31, 7] += 1e-3
-    pruned = sae()
-    pruned.prune_latents(torch.arange(50).flip(0))
-    counted = sae()
-    counted(torch.randn(2, 20))
-    prints = [fingerprint(one) for one in (sae(), sae(4), changed, pruned)]
-    assert len(set(prints)) == 4 and fingerprint(counted) == prints[0]
-
-
 def test_an_interrupted_run_keeps_what_it_had(
     given: dict[str, str], tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -61,7 +61,8 @@ def node_attribution(
         progress: show a bar.
 
     Raises:
-        InputError: for prompts of several lengths per position, or fewer than one step.
+        InputError: for prompts of several lengths per position, fewer than one step, an objective that is
+            not one number for each prompt, or scores that are not finite.
         UnknownNameError: for an unknown ablation.
     """
     if ig_steps is not None and ig_steps < 1:
@@ -129,6 +130,10 @@ def exact_node_effects(
         ablation: what the node writes instead.
         batch_size: prompts in a pass.
         progress: show a bar.
+
+    Raises:
+        UnknownNameError: for a site without an SAE, or an unknown ablation.
+        InputError: for a node that this model does not have (any more).
     """
     for node in nodes:
         _check_node(node, spliced, prompts)
@@ -137,8 +142,10 @@ def exact_node_effects(
         ablator = Ablator(spliced, prompts, ablation, batch_size)
         for batch in prompts.batches(batch_size, spliced.device):
             patches = ablator.patches(batch)
-            batch = batch.with_reference(plain_logits(spliced, batch))
-            clean = evaluate(objective, run_nodes(spliced, batch, {}, patches), batch)
+            plain = plain_logits(spliced, batch)
+            batch = batch.with_reference(plain)
+            unpatched = plain if spliced.error_nodes else run_nodes(spliced, batch, {}, patches)
+            clean = evaluate(objective, unpatched, batch)
             for i, node in enumerate(nodes):
                 mask = {node.site: _all_but(node, spliced, batch.clean.shape[1])}
                 ablated = evaluate(objective, run_nodes(spliced, batch, mask, patches), batch)
