@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -135,6 +136,17 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     assert main([*find(given | change), *extra]) == 2
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err
+
+
+def test_the_same_under_every_hash_seed(given: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "auto_circuit.cli", *find(given, "--json", "--prompts", "3")]
+    outputs = {
+        subprocess.run(
+            command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in ("0", "7")
+    }
+    assert len(outputs) == 1 and "faithfulness_curve" in outputs.pop()
 
 
 def test_numbers_must_be_numbers(given: dict[str, str], capsys: Any) -> None:

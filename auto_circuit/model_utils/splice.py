@@ -100,10 +100,14 @@ class Splice:
             raise
 
     def leave(self) -> None:
-        """Take everything out again, last in first out."""
-        while self._undo:
-            self._undo.pop()()
-        self.active = False
+        """Take everything out again, last in first out; a step that fails does not keep the others."""
+        try:
+            while self._undo:
+                self._undo.pop()()
+        finally:
+            if self._undo:
+                self.leave()
+            self.active = False
 
     def _place(self, site: Site, sae: SparseAutoencoder) -> None:
         if sae.spliced_at is not None:

@@ -40,3 +40,20 @@ def test_a_failure_while_entering_leaves_nothing(
     monkeypatch.undo()
     with sae_model(model, saes), pytest.raises(SpliceError, match="moved or converted"):
         model.to(torch.float64)
+
+
+def test_an_interrupt_while_leaving_still_restores_the_rest(make_model: Any, tokens: torch.Tensor) -> None:
+    model = make_model("gpt2")
+    plain, names = model(tokens), set(model.hook_dict)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    spliced = sae_model(model, {"blocks.1.hook_resid_mid": SparseAutoencoder(HookPoint(), 8, 24)}).splice()
+    spliced._splice._undo.insert(len(spliced._splice._undo) // 2, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        spliced.unsplice()
+    assert not spliced.is_spliced and set(model.hook_dict) == names and torch.equal(model(tokens), plain)
+    model.to(torch.float32)
+    with spliced:
+        assert torch.equal(spliced(tokens), plain)
