@@ -38,6 +38,9 @@ MODEL = {
     "normalization_type": "LNPre",
 }
 
+#: The graph whose edges are scored and patched: MODEL with the SAEs of PRUNED, each cut to `max_latents`.
+GRAPH = {"max_latents": 256, "n_prompts": 8, "n_edges": 1_000}
+
 #: Prepares one call, untimed. The call is timed; it returns numbers to compare between the sides, or None.
 Case = Callable[[], Callable[[], list[float] | None]]
 
@@ -80,6 +83,47 @@ def prompt_tokens() -> Tensor:
     """Return the token ids of the prompts, `[n_prompts, n_ctx]`."""
     make = torch.Generator().manual_seed(3)
     return torch.randint(0, MODEL["d_vocab"], (PRUNED["n_prompts"], MODEL["n_ctx"]), generator=make)
+
+
+def kept_latents(layer: int) -> Tensor:
+    """Return which latents of a layer's SAE are in the graph, in their order there."""
+    make = torch.Generator().manual_seed(30 + layer)
+    return torch.randperm(PRUNED["n_latents"], generator=make)[: GRAPH["max_latents"]]
+
+
+def graph_prompts() -> dict[str, Tensor]:
+    """Return prompt pairs: `clean`, `corrupt`: `[n_prompts, n_ctx]`, `answers`, `wrong`: `[n_prompts]`."""
+    make = torch.Generator().manual_seed(4)
+    shape = (2, GRAPH["n_prompts"], MODEL["n_ctx"])
+    clean, corrupt = torch.randint(0, MODEL["d_vocab"], shape, generator=make)
+    ids = torch.randperm(MODEL["d_vocab"], generator=make)[: 2 * GRAPH["n_prompts"]]
+    answers, wrong = ids.unflatten(0, (2, GRAPH["n_prompts"]))
+    return {"clean": clean, "corrupt": corrupt, "answers": answers, "wrong": wrong}
+
+
+def destinations() -> list[str]:
+    """Return the hooks that edges lead to, in the order of the model; the last is the end of the residual."""
+    kinds = ("q_input", "k_input", "v_input", "mlp_in")
+    last = MODEL["n_layers"] - 1
+    inputs = [f"blocks.{layer}.hook_{kind}" for layer in range(MODEL["n_layers"]) for kind in kinds]
+    return [*inputs, f"blocks.{last}.hook_resid_post"]
+
+
+def edge_scores(destination: str) -> Tensor:
+    """Return random scores of the edges into one of `destinations()`.
+
+    `[heads, sources]`, or `[sources]` into an MLP and the end. Sources are in the order of the model: the
+    embeddings, then for each block its heads, then the latents of its SAE as `kept_latents` orders them. The
+    scores of the embeddings and heads are thrice as great: without them, no circuit would say anything.
+    """
+    number, n_heads = destinations().index(destination), MODEL["n_heads"]
+    layer, kind = divmod(number, 4)
+    n_block = n_heads + GRAPH["max_latents"]
+    source = torch.arange(1 + layer * n_block + (n_heads if kind == 3 else 0))
+    shape = (n_heads, len(source)) if layer < MODEL["n_layers"] and kind < 3 else (len(source),)
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(50 + number))
+    strong = (source == 0) | ((source - 1) % n_block < n_heads)
+    return torch.where(strong, 3 * scores, scores)
 
 
 def run_worker(benchmarks: dict[str, Callable[[], dict[str, Case]]]) -> None:

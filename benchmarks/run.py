@@ -3,10 +3,10 @@
     make bench-peers     # once: builds the peer's environment, .venv-peers
     make bench           # .venv/bin/python benchmarks/run.py
 
-What is timed: the forward pass of one SAE (`sae`), and pruning SAEs on a dataset (`prune`); our_worker.py
-and peer_worker.py say what each case is, cases.py how times and memory are taken. Each side runs in
-processes of its own, ours and the peer's in turn, round after round in one go, on the same weights and
-tokens; the answers of the two sides are compared before their times are.
+What is timed: the forward pass of one SAE (`sae`), pruning SAEs on a dataset (`prune`), and edges: scoring
+them and running a circuit (`graph`); our_worker.py and peer_worker.py say what each case is, cases.py how
+times and memory are taken. Each side runs in processes of its own, ours and the peer's in turn, round after
+round in one go, on the same weights and tokens; the sides' answers are compared before their times are.
 
 Prints medians over all rounds, peak memory, ratios of medians (beside them, of the fastest calls) and what
 the ratios of medians should be; writes all of it, with every single time, to `results/`. Other work on the
@@ -68,7 +68,7 @@ class Benchmark:
     ours: int
     peer: int
     peaks: tuple[str, ...]
-    same: tuple[str, str]
+    same: tuple[tuple[str, str], ...]
     ratios: tuple[Ratio, ...]
 
 
@@ -86,7 +86,7 @@ BENCHMARKS = {
         ours=20,
         peer=3,
         peaks=("ours/products", "ours/no_error", "ours/error", "peer/forward"),
-        same=("ours/no_error", "peer/forward"),
+        same=(("ours/no_error", "peer/forward"),),
         ratios=(
             Ratio("ours / two products", "ours/no_error", "ours/products", at_most=1.2),
             Ratio("ours with error nodes / encoder", "ours/error", "ours/encoder", at_most=1.2),
@@ -104,11 +104,28 @@ BENCHMARKS = {
         ours=7,
         peer=2,
         peaks=("ours/kl", "peer/prune"),
-        same=("ours/kl", "peer/prune"),
+        same=(("ours/kl", "peer/prune"),),
         ratios=(
             Ratio("auto-circuit / ours", "peer/prune", "ours/kl", at_least=30),
             Ratio("auto-circuit / ours, error nodes", "peer/prune", "ours/kl_error"),
             Ratio("auto-circuit / ours, no KL", "peer/prune", "ours/no_kl"),
+        ),
+    ),
+    "graph": Benchmark(
+        title="Edges of 6 x 256 latents and 24 heads (52,363), 8 prompt pairs x 16 tokens, width 256",
+        cases={
+            "ours/eap": "ours, edge attribution patching",
+            "ours/circuit": "ours, a circuit of 1,000 edges",
+            "peer/eap": "auto-circuit 1.0.1, attribution",
+            "peer/circuit": "auto-circuit 1.0.1, circuit",
+        },
+        ours=7,
+        peer=2,
+        peaks=("ours/eap", "ours/circuit", "peer/eap", "peer/circuit"),
+        same=(("ours/eap", "peer/eap"), ("ours/circuit", "peer/circuit")),
+        ratios=(
+            Ratio("auto-circuit / ours, attribution", "peer/eap", "ours/eap", at_least=50),
+            Ratio("auto-circuit / ours, circuit", "peer/circuit", "ours/circuit", at_least=30),
         ),
     ),
 }
@@ -189,16 +206,17 @@ def _say(text: str) -> None:
 
 
 def check_same(benchmark: Benchmark, measured: dict[str, Measured]) -> None:
-    """Stop unless the two sides gave the same answer."""
-    if any(case not in measured for case in benchmark.same):
-        return
-    a, b = (measured[case].check for case in benchmark.same)
-    close = [math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-5) for x, y in zip(a or [], b or [], strict=False)]
-    if not a or not b or len(a) != len(b) or not all(close):
-        sys.exit(
-            f"{benchmark.title}: the sides disagree, so their times cannot be compared. "
-            f"{benchmark.same[0]} gave {a}, {benchmark.same[1]} gave {b}."
-        )
+    """Stop unless the two sides gave the same answers."""
+    for pair in benchmark.same:
+        if any(case not in measured for case in pair):
+            continue
+        a, b = (measured[case].check or [] for case in pair)
+        close = [math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-5) for x, y in zip(a, b, strict=False)]
+        if not a or len(a) != len(b) or not all(close):
+            sys.exit(
+                f"{benchmark.title}: the sides disagree, so their times cannot be compared. "
+                f"{pair[0]} gave {a}, {pair[1]} gave {b}."
+            )
 
 
 def ratios(benchmark: Benchmark, measured: dict[str, Measured]) -> list[dict]:

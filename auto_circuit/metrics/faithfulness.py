@@ -17,7 +17,7 @@ from auto_circuit.errors import InputError
 from auto_circuit.graph.nodes import NodeScores, SiteMask
 from auto_circuit.metrics.objectives import Objective, evaluate, logit_diff
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import AutoencoderTransformer
-from auto_circuit.patching.ablations import Ablation, Ablator
+from auto_circuit.patching.ablations import Ablation, Ablator, SiteRecorder, site_patches
 from auto_circuit.patching.node_patching import plain_logits, run_nodes
 
 
@@ -110,10 +110,10 @@ def faithfulness_curve(
     every = [0, *sizes]
     totals = torch.zeros(len(every) + 1, dtype=torch.float64)
     with spliced.spliced(), tqdm(total=len(prompts) * len(totals), disable=not progress) as bar:
-        ablator = Ablator(spliced, prompts, ablation, batch_size)
+        ablator = Ablator(SiteRecorder(spliced), prompts, ablation, batch_size)
         masks = [_masks(scores, ranking, size) for size in every]
         for batch in prompts.batches(batch_size, spliced.device):
-            patches = ablator.patches(batch)
+            patches = site_patches(ablator.patches(batch))
             plain = plain_logits(spliced, batch)
             batch = batch.with_reference(plain)
             totals[-1] += evaluate(objective, plain, batch).double().sum().cpu()
@@ -140,7 +140,7 @@ def faithfulness_curve(
         full=full,
         empty=empty,
         n_prompts=len(prompts),
-        ablation=str(ablator.ablation),
+        ablation=ablator.name,
         error_nodes=spliced.error_nodes,
         signed=signed,
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from auto_circuit.errors import InputError, listed, unknown_name
@@ -105,6 +105,20 @@ class HookedModel:
         """Whether a hook point of this kind carries only a branch of the stream."""
         del kind
         return False
+
+    def linear(self, layer: int, name: str) -> tuple[Tensor, Tensor | None] | None:
+        """Weight `[n_in, n_out]` and bias of a linear map of a block: attn.q, .k, .v, .o, or mlp.out.
+
+        None where the block has no such map of that form.
+        """
+        raise NotImplementedError
+
+    def norm(self, layer: int, name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
+        """A norm of a block (`ln1`, `ln2`, `ln1_post`, `ln2_post`): its module, and how to call it quietly.
+
+        None where the block has none of that name.
+        """
+        raise NotImplementedError
 
     def holders(self, hook_point: nn.Module) -> list[tuple[nn.Module, str]]:
         """Every (module, attribute) that holds `hook_point` as a submodule."""
@@ -210,12 +224,48 @@ class _Bridge(HookedModel):
     def has_branch_only(self, kind: str) -> bool:
         return kind == "hook_resid_mid"
 
+    def linear(self, layer: int, name: str) -> tuple[Tensor, Tensor | None] | None:
+        component, _, part = name.partition(".")
+        module = getattr(self.block(layer), component, None)
+        wrapped = getattr(getattr(module, part, None), "original_component", None)
+        weight = getattr(wrapped, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            return None
+        # Hugging Face's Conv1D holds [n_in, n_out], nn.Linear the transpose.
+        weight = weight.T if isinstance(wrapped, nn.Linear) else weight
+        return weight, getattr(wrapped, "bias", None)
+
+    def norm(self, layer: int, name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
+        module: Any = self.block(layer)._modules.get(name)
+        return None if module is None else (module, module.original_component)
+
 
 class _HookedTransformer(HookedModel):
     """`HookedTransformer`, TransformerLens 3.9 (and older)."""
 
     def registries(self) -> list[dict[str, Any]]:
         return [self.model.hook_dict, self.model.mod_dict]
+
+    def linear(self, layer: int, name: str) -> tuple[Tensor, Tensor | None] | None:
+        component, _, part = name.partition(".")
+        module = getattr(self.block(layer), component, None)
+        if module is None:
+            return None
+        if component == "mlp":
+            weight = getattr(module, "W_out", None)
+            return None if weight is None else (weight, getattr(module, "b_out", None))
+        raw = {"k": "_W_K", "v": "_W_V"}.get(part, "")  # one for each key/value head under GQA
+        weight = getattr(module, raw, None)
+        weight = getattr(module, f"W_{part.upper()}") if weight is None else weight
+        bias = getattr(module, raw.replace("W", "b"), None) if raw else None
+        bias = getattr(module, f"b_{part.upper()}") if bias is None else bias
+        if part == "o":
+            return weight.flatten(0, 1), bias
+        return weight.transpose(0, 1).flatten(1), bias.flatten()
+
+    def norm(self, layer: int, name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
+        module = self.block(layer)._modules.get(name)
+        return None if module is None or isinstance(module, nn.Identity) else (module, module)
 
 
 def hooked_model(model: Any) -> HookedModel:

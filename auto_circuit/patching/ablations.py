@@ -1,28 +1,40 @@
-"""What an ablated node writes instead: of the corrupt prompt, nothing, or a mean.
+"""What ablated sources and nodes write instead: of another prompt, nothing, a mean, or what is given.
 
-A site's nodes are its coefficients `c` and its error `e`, with `x = Σ cᵢDᵢ + b + e`. A patch is what the
-coefficients become and what the input of the SAE would then be, from which the patched error follows:
-`e = x − Σ cᵢDᵢ − b`. The bias is a constant and is never ablated.
+"The other prompts" are the corrupt ones when clean prompts run, and the clean ones when corrupt prompts run
+(edge patching). Constants (biases) are written whatever happens.
 
-| ablation | coefficients | input |
-|---|---|---|
-| `resample` | of the corrupt prompt | of the corrupt prompt |
-| `zero` | 0 | the constant bias |
-| `mean` | mean over the corrupt prompts of the same length, per position | the same mean |
+| ablation | what is written instead |
+|---|---|
+| `resample` | what the other prompt writes |
+| `zero` | nothing |
+| `mean` | the mean over the dataset's corrupt prompts of the same length, position by position |
+| `mean_clean`, `mean_both` | the same over its clean prompts, over both |
+| `mean_batch` | the mean over the other prompts of this batch, position by position |
+| `mean_positions` | the mean over the other prompts of this batch and their positions |
+
+The last two depend on how prompts are put into batches. Every ablation is linear in what was recorded,
+so the parts of a mean still add up: for a site `x = Σ cᵢDᵢ + b + e`, the mean error is what the mean input
+leaves over of the mean coefficients.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from auto_circuit.data.prompts import PromptBatch, PromptDataset
-from auto_circuit.errors import unknown_name
+from auto_circuit.errors import InputError, unknown_name
+from auto_circuit.graph.circuit_graph import CircuitGraph
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import AutoencoderTransformer
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
+from auto_circuit.patching.sources import SourceValues, no_values, sources_of
+from auto_circuit.patching.stream_run import record
+
+Values = Mapping[str, Tensor]
 
 
 class Ablation(StrEnum):
@@ -31,6 +43,10 @@ class Ablation(StrEnum):
     RESAMPLE = "resample"
     ZERO = "zero"
     MEAN = "mean"
+    MEAN_CLEAN = "mean_clean"
+    MEAN_BOTH = "mean_both"
+    MEAN_BATCH = "mean_batch"
+    MEAN_POSITIONS = "mean_positions"
 
     @classmethod
     def named(cls, name: "str | Ablation") -> "Ablation":
@@ -38,6 +54,131 @@ class Ablation(StrEnum):
         if name not in set(cls):
             raise unknown_name("ablation", str(name), set(cls))
         return cls(name)
+
+
+#: Which prompts of the dataset a mean is over.
+_MEANS = {
+    Ablation.MEAN: ("corrupt",),
+    Ablation.MEAN_CLEAN: ("clean",),
+    Ablation.MEAN_BOTH: ("clean", "corrupt"),
+}
+
+#: An ablation, its name, or the values that `record` of a recorder returned.
+AnyAblation: TypeAlias = Any
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """What runs prompts and says what was written, as tensors `[batch, seq, …]` by name."""
+
+    device: torch.device
+
+    def record(self, tokens: Tensor) -> Values:
+        """Run `tokens [batch, seq]`."""
+        ...
+
+    def nothing(self) -> Values:
+        """What is recorded when nothing but constants is written, `[1, 1 or seq, …]`."""
+        ...
+
+
+class Ablator:
+    """Makes the values that ablated sources or nodes write in each batch.
+
+    Args:
+        recorder: what runs prompts.
+        prompts: the dataset that means are taken over.
+        ablation: an `Ablation`, its name, or values recorded before, written in every batch.
+        batch_size: for the passes that take means over the dataset.
+    """
+
+    def __init__(
+        self, recorder: Recorder, prompts: PromptDataset, ablation: AnyAblation, batch_size: int = 32
+    ) -> None:
+        self.recorder = recorder
+        given: Any = ablation.tensors if isinstance(ablation, SourceValues) else ablation
+        self._given: Values | None = given if isinstance(given, Mapping) else None
+        self.ablation = None if self._given is not None else Ablation.named(ablation)
+        self._means: dict[int, Values] = {}
+        if self.ablation is not None and self.ablation in _MEANS:
+            self._means = self._take_means(prompts, _MEANS[self.ablation], batch_size)
+
+    @property
+    def name(self) -> str:
+        """What files and tables call the ablation."""
+        return "given" if self.ablation is None else str(self.ablation)
+
+    @torch.no_grad()
+    def patches(self, batch: PromptBatch, other: str = "corrupt") -> Values:
+        """Return what is written instead in a batch; `other` names its other prompts."""
+        length = batch.clean.shape[1]
+        if self._given is not None:
+            self._check_given(batch)
+            return self._given
+        if self.ablation in _MEANS:
+            return self._means[length]
+        if self.ablation is Ablation.ZERO:
+            return self.recorder.nothing()
+        values = self.recorder.record(getattr(batch, other))
+        if self.ablation is Ablation.RESAMPLE:
+            return values
+        dims = [0] if self.ablation is Ablation.MEAN_BATCH else [0, 1]
+        return {name: value.mean(dims, keepdim=True) for name, value in values.items()}
+
+    def _check_given(self, batch: PromptBatch) -> None:
+        """Refuse given values of another number of prompts or tokens than a batch has."""
+        expected = set(self.recorder.nothing())
+        if self._given is None or not expected <= set(self._given):
+            missing = sorted(expected - set(self._given or {}))
+            raise InputError(f"The given activations lack {missing[:4]}; record them with the same model.")
+        for name in expected:
+            sizes = tuple(self._given[name].shape[:2])
+            if sizes[0] not in (1, len(batch)) or sizes[1] not in (1, batch.clean.shape[1]):
+                raise InputError(
+                    f"The given activation {name} is for {sizes[0]} prompts of {sizes[1]} tokens; this "
+                    f"batch has {len(batch)} of {batch.clean.shape[1]}. Give activations of one prompt, or "
+                    f"of one batch."
+                )
+
+    @torch.no_grad()
+    def _take_means(
+        self, prompts: PromptDataset, which: tuple[str, ...], batch_size: int
+    ) -> dict[int, Values]:
+        sums: dict[int, dict[str, Tensor]] = {}
+        counts: dict[int, int] = {}
+        for batch in prompts.batches(batch_size, self.recorder.device):
+            length = batch.clean.shape[1]
+            for side in which:
+                values = self.recorder.record(getattr(batch, side))
+                before = sums.get(length, {})
+                counts[length] = counts.get(length, 0) + len(batch)
+                sums[length] = {name: _add(value, before.get(name)) for name, value in values.items()}
+        return {
+            length: {name: value / counts[length] for name, value in by_name.items()}
+            for length, by_name in sums.items()
+        }
+
+
+def _add(value: Tensor, total: Tensor | None) -> Tensor:
+    summed = value.sum(0, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32))
+    return summed if total is None else total + summed
+
+
+class GraphRecorder:
+    """Records what the sources of a graph write (`SourceValues.tensors`)."""
+
+    def __init__(self, graph: CircuitGraph) -> None:
+        self.graph = graph
+        self.sources = sources_of(graph)
+        self.device = graph.device
+
+    def record(self, tokens: Int[Tensor, "batch seq"]) -> Values:
+        """Run `tokens` without gradients."""
+        return record(self.graph, self.sources, tokens).tensors
+
+    def nothing(self) -> Values:
+        """Only constants."""
+        return no_values(self.graph, self.sources).tensors
 
 
 @dataclass(frozen=True)
@@ -53,6 +194,36 @@ class SitePatch:
     x: Float[Tensor, "batch seq n_inputs"]
 
 
+class SiteRecorder:
+    """Records the coefficients and the input of every SAE: `{site}:coefficients`, `{site}:x`."""
+
+    def __init__(self, spliced: AutoencoderTransformer) -> None:
+        self.spliced = spliced
+        self.device = spliced.device
+
+    def record(self, tokens: Int[Tensor, "batch seq"]) -> Values:
+        """Run `tokens` without gradients."""
+        inputs = site_inputs(self.spliced, tokens)
+        return _site_values({n: (self.spliced.saes[n].coefficients(x), x) for n, x in inputs.items()})
+
+    def nothing(self) -> Values:
+        """No latent, no error: the SAEs' constant biases."""
+        return _site_values({name: _zero(sae) for name, sae in self.spliced.saes.items()})
+
+
+def site_patches(values: Values) -> dict[str, SitePatch]:
+    """Return what each site becomes, from a `SiteRecorder`'s values."""
+    sites = [name.removesuffix(":x") for name in values if name.endswith(":x")]
+    return {site: SitePatch(values[f"{site}:coefficients"], values[f"{site}:x"]) for site in sites}
+
+
+def _site_values(by_site: Mapping[str, tuple[Tensor, Tensor]]) -> Values:
+    values: dict[str, Tensor] = {}
+    for name, (coefficients, x) in by_site.items():
+        values |= {f"{name}:coefficients": coefficients, f"{name}:x": x}
+    return values
+
+
 def site_inputs(
     spliced: AutoencoderTransformer, tokens: Int[Tensor, "batch seq"]
 ) -> dict[str, Float[Tensor, "batch seq n_inputs"]]:
@@ -60,11 +231,11 @@ def site_inputs(
     inputs: dict[str, Tensor] = {}
 
     def recorder(name: str, sae: SparseAutoencoder):
-        def record(x: Tensor, out: Tensor) -> Tensor:
+        def record_input(x: Tensor, out: Tensor) -> Tensor:
             inputs[name] = x.detach().to(sae.bias.dtype)
             return out
 
-        return record
+        return record_input
 
     edits = {name: recorder(name, sae) for name, sae in spliced.saes.items()}
     with torch.no_grad(), spliced.edits(edits):
@@ -72,72 +243,7 @@ def site_inputs(
     return inputs
 
 
-class Ablator:
-    """Makes the patches of each batch.
-
-    Args:
-        spliced: the model with SAEs.
-        prompts: the dataset that means are taken over.
-        ablation: which one.
-        batch_size: for the pass that takes the means.
-    """
-
-    def __init__(
-        self,
-        spliced: AutoencoderTransformer,
-        prompts: PromptDataset,
-        ablation: str | Ablation,
-        batch_size: int = 32,
-    ) -> None:
-        self.spliced = spliced
-        self.ablation = Ablation.named(ablation)
-        self._means: dict[int, dict[str, SitePatch]] = {}
-        if self.ablation is Ablation.MEAN:
-            self._means = self._take_means(prompts, batch_size)
-
-    @torch.no_grad()
-    def patches(self, batch: PromptBatch) -> Mapping[str, SitePatch]:
-        """Return every site's patch for a batch."""
-        if self.ablation is Ablation.MEAN:
-            return self._means[batch.clean.shape[1]]
-        if self.ablation is Ablation.ZERO:
-            return {name: _zero(sae) for name, sae in self.spliced.saes.items()}
-        return self._patches_of(site_inputs(self.spliced, batch.corrupt))
-
-    def _patches_of(self, inputs: Mapping[str, Tensor]) -> dict[str, SitePatch]:
-        return {name: SitePatch(self.spliced.saes[name].coefficients(x), x) for name, x in inputs.items()}
-
-    @torch.no_grad()
-    def _take_means(self, prompts: PromptDataset, batch_size: int) -> dict[int, dict[str, SitePatch]]:
-        sums: dict[int, dict[str, SitePatch]] = {}
-        counts: dict[int, int] = {}
-        for batch in prompts.batches(batch_size, self.spliced.device):
-            length = batch.clean.shape[1]
-            patches = self._patches_of(site_inputs(self.spliced, batch.corrupt))
-            before = sums.get(length)
-            counts[length] = counts.get(length, 0) + len(batch)
-            sums[length] = {
-                name: SitePatch(
-                    _add(patch.coefficients, before[name].coefficients if before else None),
-                    _add(patch.x, before[name].x if before else None),
-                )
-                for name, patch in patches.items()
-            }
-        return {
-            length: {
-                name: SitePatch(patch.coefficients / counts[length], patch.x / counts[length])
-                for name, patch in by_site.items()
-            }
-            for length, by_site in sums.items()
-        }
-
-
-def _add(value: Tensor, total: Tensor | None) -> Tensor:
-    summed = value.sum(0, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32))
-    return summed if total is None else total + summed
-
-
-def _zero(sae: SparseAutoencoder) -> SitePatch:
+def _zero(sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
     bias = sae.constant_bias.detach()
     shape = (1, sae.seq_len or 1)
-    return SitePatch(bias.new_zeros(*shape, sae.n_latents), bias.expand(*shape, -1))
+    return bias.new_zeros(*shape, sae.n_latents), bias.expand(*shape, -1)

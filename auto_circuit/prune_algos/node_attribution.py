@@ -31,7 +31,14 @@ from auto_circuit.graph.nodes import Node, NodeScores, SiteMask, SiteScores
 from auto_circuit.metrics.objectives import Objective, evaluate, logit_diff
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import AutoencoderTransformer
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
-from auto_circuit.patching.ablations import Ablation, Ablator, SitePatch, site_inputs
+from auto_circuit.patching.ablations import (
+    Ablation,
+    Ablator,
+    SitePatch,
+    SiteRecorder,
+    site_inputs,
+    site_patches,
+)
 from auto_circuit.patching.node_patching import last_logits, plain_logits, run_nodes
 
 
@@ -84,9 +91,9 @@ def node_attribution(
             name: _Total(sae, spliced.error_nodes, per_position, prompts)
             for name, sae in spliced.saes.items()
         }
-        ablator = Ablator(spliced, prompts, ablation, batch_size)
+        ablator = Ablator(SiteRecorder(spliced), prompts, ablation, batch_size)
         for batch in prompts.batches(batch_size, spliced.device):
-            patches = ablator.patches(batch)
+            patches = site_patches(ablator.patches(batch))
             if ig_steps is None:
                 for name, (x, gradient) in _gradients(spliced, batch, objective).items():
                     totals[name].add(x, gradient, patches[name])
@@ -139,9 +146,9 @@ def exact_node_effects(
         _check_node(node, spliced, prompts)
     effects = [0.0] * len(nodes)
     with spliced.spliced(), tqdm(total=len(nodes) * len(prompts), disable=not progress) as bar:
-        ablator = Ablator(spliced, prompts, ablation, batch_size)
+        ablator = Ablator(SiteRecorder(spliced), prompts, ablation, batch_size)
         for batch in prompts.batches(batch_size, spliced.device):
-            patches = ablator.patches(batch)
+            patches = site_patches(ablator.patches(batch))
             plain = plain_logits(spliced, batch)
             batch = batch.with_reference(plain)
             unpatched = plain if spliced.error_nodes else run_nodes(spliced, batch, {}, patches)

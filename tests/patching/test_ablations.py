@@ -6,19 +6,19 @@ from prune_algos.test_node_attribution import SITES, make_saes, patches_of
 
 import auto_circuit as ac
 from auto_circuit.errors import UnknownNameError
-from auto_circuit.patching.ablations import Ablation, Ablator, site_inputs
+from auto_circuit.patching.ablations import Ablation, Ablator, SiteRecorder, site_inputs, site_patches
 
 
-@pytest.mark.parametrize("ablation", list(Ablation))
+@pytest.mark.parametrize("ablation", ["resample", "zero", "mean"])
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_patches_equal_the_definitions(
     shared_model: Any, prompts: Any, ablation: str, batch_size: int
 ) -> None:
     model, saes = shared_model("gpt2"), make_saes()
     with ac.sae_model(model, saes) as spliced:
-        ablator = Ablator(spliced, prompts, ablation, batch_size)
+        ablator = Ablator(SiteRecorder(spliced), prompts, ablation, batch_size)
         for batch in prompts.batches(batch_size):
-            for name, patch in ablator.patches(batch).items():
+            for name, patch in site_patches(ablator.patches(batch)).items():
                 c, e = patches_of(model, saes, prompts, batch, ablation)[name]
                 torch.testing.assert_close(patch.coefficients, c, rtol=1e-4, atol=1e-5)
                 error = patch.x - saes[name].write(patch.coefficients) - saes[name].bias

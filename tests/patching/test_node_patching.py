@@ -7,7 +7,7 @@ from transformer_lens.hook_points import HookPoint
 
 import auto_circuit as ac
 from auto_circuit.graph.nodes import SiteMask
-from auto_circuit.patching.ablations import Ablator
+from auto_circuit.patching.ablations import Ablator, SiteRecorder, site_patches
 from auto_circuit.patching.node_patching import run_nodes
 
 
@@ -21,7 +21,7 @@ def test_all_ablated_is_the_other_run_and_none_ablated_its_own_bitwise(
     sae = ac.SparseAutoencoder(HookPoint(), 16, 24)
     batch, name = next(prompts.batches()), "blocks.0.hook_resid_pre"
     with ac.sae_model(model, {name: sae}) as spliced, torch.no_grad():
-        patches = Ablator(spliced, prompts, "resample").patches(batch)
+        patches = site_patches(Ablator(SiteRecorder(spliced), prompts, "resample").patches(batch))
         for kept, tokens in ((False, batch.corrupt), (True, batch.clean)):
             mask = SiteMask(torch.full((16,), kept), torch.tensor(kept))
             assert torch.equal(run_nodes(spliced, batch, {name: mask}, patches), model(tokens)[:, -1])
@@ -42,7 +42,7 @@ def test_a_scaled_sae_splits_its_input_too(make_model: Any) -> None:
     batch, name = next(prompts.batches()), "blocks.1.hook_resid_post"
     with ac.sae_model(model, {name: sae}) as spliced, torch.no_grad():
         mask = SiteMask(torch.ones(16, dtype=torch.bool), torch.tensor(False))
-        patches = Ablator(spliced, prompts, "zero").patches(batch)
+        patches = site_patches(Ablator(SiteRecorder(spliced), prompts, "zero").patches(batch))
         kept_latents = run_nodes(spliced, batch, {name: mask}, patches)
     with torch.no_grad():
         hook = (name, lambda x, hook: sae.encode(x) * x.std(-1, keepdim=True) @ sae.decode_weight.T)
