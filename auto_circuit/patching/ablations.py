@@ -49,7 +49,7 @@ class Ablation(StrEnum):
     MEAN_POSITIONS = "mean_positions"
 
     @classmethod
-    def named(cls, name: "str | Ablation") -> "Ablation":
+    def named(cls, name: Any) -> "Ablation":
         """Return the ablation called `name`, or an error that lists them."""
         if name not in set(cls):
             raise unknown_name("ablation", str(name), set(cls))

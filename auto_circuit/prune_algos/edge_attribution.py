@@ -11,7 +11,7 @@ differ in where the gradient is taken:
 | `mask` | where every edge carries `mask_value` of the patch | 1 |
 | `mask-ig` | mean over mask values from 0 to 1; all scores sum to the objective's change | steps |
 | `ig-inputs` | mean over stream starts between patch and clean | steps |
-| `ig-activations` | for a component's edges, mean over its outputs between patch and clean | steps × components |
+| `ig-activations` | of a component's edges: mean over its outputs from patch to clean | steps × components |
 
 and one forward pass for the ablation. Points of a path lie by `ig_rule`: `midpoint` at (k + ½)/steps, `left`
 at k/steps for k = 0 … steps − 1 (EAP-IG's own), both averaged; `sum` at k/steps for k = 0 … steps, added up
