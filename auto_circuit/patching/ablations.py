@@ -67,6 +67,11 @@ _MEANS = {
 AnyAblation: TypeAlias = Any
 
 
+def ablation_name(ablation: AnyAblation) -> str:
+    """What files and tables call an ablation."""
+    return "given" if isinstance(ablation, SourceValues | Mapping) else str(Ablation.named(ablation))
+
+
 @runtime_checkable
 class Recorder(Protocol):
     """What runs prompts and says what was written, as tensors `[batch, seq, …]` by name."""
@@ -102,11 +107,6 @@ class Ablator:
         self._means: dict[int, Values] = {}
         if self.ablation is not None and self.ablation in _MEANS:
             self._means = self._take_means(prompts, _MEANS[self.ablation], batch_size)
-
-    @property
-    def name(self) -> str:
-        """What files and tables call the ablation."""
-        return "given" if self.ablation is None else str(self.ablation)
 
     @torch.no_grad()
     def patches(self, batch: PromptBatch, other: str = "corrupt") -> Values:

@@ -134,17 +134,17 @@ def circuit_logits(
     checked = [_checked(graph, circuit) for circuit in circuits]
     check_prompts(graph, prompts)
     recorder = GraphRecorder(graph)
-    masks = [_patched(circuit, kind) for circuit in checked]
-    learning = any(mask.requires_grad for circuit in masks for mask in circuit.values())
-    plans: list[dict[str, Mix] | None] = [None] * len(masks)
+    learning = any(kept.requires_grad for circuit in checked for kept in circuit.kept.values())
+    plans: list[dict[str, Mix] | None] = [None] * len(checked)
     ablator = Ablator(recorder, prompts, ablation, batch_size)
-    with tqdm(total=len(prompts) * len(masks), unit="run", disable=not progress) as bar:
+    with tqdm(total=len(prompts) * len(checked), unit="run", disable=not progress) as bar:
         for batch in prompts.batches(batch_size, graph.device):
             other, tokens = ("corrupt", batch.clean) if kind is PatchType.TREE else ("clean", batch.corrupt)
             patch = SourceValues(ablator.patches(batch, other))
-            for i, mask in enumerate(masks):
-                mixes = plans[i] or plan_circuit(graph.layout, mask, graph.device)
-                plans[i] = mixes
+            for i, circuit in enumerate(checked):
+                mixes = plans[i]
+                if mixes is None:
+                    mixes = plans[i] = plan_circuit(graph.layout, _patched(circuit, kind), graph.device)
                 run = PatchedRun(graph, recorder.sources, mixes, patch, differentiable=learning)
                 with torch.set_grad_enabled(learning):
                     logits = run(tokens)
@@ -202,8 +202,9 @@ def run_circuits(
         batch_size=batch_size,
         progress=progress,
     )
-    for batch, i, logits in runs:
-        rows[i].update(zip(batch.idxs.tolist(), logits, strict=True))
+    with graph.running():
+        for batch, i, logits in runs:
+            rows[i].update(zip(batch.idxs.tolist(), logits, strict=True))
     return [torch.stack([by_prompt[i] for i in range(len(prompts))]) for by_prompt in rows]
 
 

@@ -7,6 +7,7 @@ rotary embedding and q/k norms). Hooks are put on for the pass and taken off aft
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from auto_circuit.graph.circuit_graph import CircuitGraph
 from auto_circuit.graph.edge_layout import START
 from auto_circuit.model_utils.block_wiring import Block, Writer, post_scale
+from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
 from auto_circuit.patching.sources import Source, SourceValues, wide
 
 
@@ -44,6 +46,7 @@ class StreamRun:
         self._totals: dict[str, Tensor] = {}
         self._coefficients: dict[str, Callable[[], Tensor] | Tensor] = {}
         self._inputs: dict[str, Tensor] = {}  # of SAEs before an output projection
+        self._handles: list[Any] = []
 
     # ---- what a subclass changes -----------------------------------------------------------------
 
@@ -86,82 +89,64 @@ class StreamRun:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Run `tokens [batch, seq]`; return the last position's logits `[batch, vocab]`."""
-        handles: list[Any] = []
-
-        def after(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> None:
-            def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor | None:
-                return function(out)
-
-            handles.append(module.register_forward_hook(hook))
-
         edits: dict[str, Any] = {
-            name: self._edit(source) for name, source in self.sources.items() if source.sae is not None
+            name: partial(self._edit, source, source.sae)
+            for name, source in self.sources.items()
+            if source.sae is not None
         }
         with self.graph.running(edits):
             try:
                 for block in self.graph.blocks:
-                    self._watch(block, after, handles)
+                    self._watch(block)
                 last = len(self.graph.blocks) - 1
-                end = self.graph.hooked.hook_points()[f"blocks.{last}.hook_resid_post"]
-                after(end, self._end)
+                self._after(self.graph.hooked.hook_points()[f"blocks.{last}.hook_resid_post"], self._end)
                 return self.graph.last_logits(tokens)
             finally:
-                for handle in handles:
-                    handle.remove()
+                while self._handles:
+                    self._handles.pop().remove()
 
-    def _watch(self, block: Block, after: Callable[..., None], handles: list[Any]) -> None:
+    def _after(self, module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> None:
+        """Have `function` see a module's output, and perhaps replace it."""
+        self._handles.append(module.register_forward_hook(lambda _m, _args, out: function(out)))
+
+    def _before(self, module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> None:
+        """Have `function` see a module's first input, and perhaps replace it."""
+        hook = partial(_first_input, function)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _watch(self, block: Block) -> None:
         layer = block.layer
-        after(block.stream, lambda x: self._stream(2 * layer, x))
+        self._after(block.stream, partial(self._stream, 2 * layer))
         for part, projection in (("q", block.q), ("k", block.k), ("v", block.v)):
-            after(projection.hook, lambda out, part=part: self.read_attention(block, part, out))
+            self._after(projection.hook, partial(self.read_attention, block, part))
         for component, writer in (("attn", block.attn), ("mlp", block.mlp)):
-            if writer is None:
-                continue
             placed = self.graph.site_of(layer, component)
-            if placed is not None and not placed[1]:
-                continue  # its SAE's edit records it
+            if writer is None or (placed is not None and not placed[1]):
+                continue  # nothing there, or its SAE's edit records it
             name = placed[0].name if placed is not None else f"blocks.{layer}.{component}"
-            self._watch_writer(self.sources[name], writer, after, handles)
+            self._watch_writer(self.sources[name], writer)
         if block.mlp_reader is not None:
             stage = 2 * layer if block.parallel else 2 * layer + 1
+            self._before(block.mlp_reader, partial(self._mlp, block, stage))
 
-            def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                given = args[0] if args else next(iter(kwargs.values()))
-                new = self._mlp(block, stage, given)
-                if new is None:
-                    return None
-                if args:
-                    return (new, *args[1:]), kwargs
-                return args, {**kwargs, next(iter(kwargs)): new}
-
-            handles.append(block.mlp_reader.register_forward_pre_hook(before, with_kwargs=True))
-
-    def _watch_writer(
-        self, source: Source, writer: Writer, after: Callable[..., None], handles: list[Any]
-    ) -> None:
+    def _watch_writer(self, source: Source, writer: Writer) -> None:
         seen: dict[str, Tensor] = {}
         if writer.inner is not None and source.group.kind == "heads":
-            after(writer.inner, lambda z: seen.update(z=z.reshape(*z.shape[:2], -1)))
+            self._after(writer.inner, lambda z: seen.update(z=z.reshape(*z.shape[:2], -1)))
         if writer.post.module is not None:
+            self._before(writer.post.module, lambda x: seen.update(before=x))
+        self._after(writer.out, partial(self._written, source, writer, seen))
 
-            def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen["before"] = args[0] if args else next(iter(kwargs.values()))
-
-            handles.append(writer.post.module.register_forward_pre_hook(before, with_kwargs=True))
-
-        def output(out: Tensor) -> Tensor | None:
-            new = self._replaced(source.name, out)
-            written = out if new is None else new
-            self._totals[source.name] = self._kept(written) - source.constant
-            scale = post_scale(writer, seen.get("before"), out)
-            if source.group.kind == "heads":
-                self._coefficients[source.name] = self._kept(seen["z"]) * self._kept(scale)
-            elif source.sae is not None:
-                x, sae = self._inputs[source.name], source.sae
-                self._coefficients[source.name] = lambda: sae.coefficients(x) * self._kept(scale)
-            return new
-
-        after(writer.out, output)
+    def _written(self, source: Source, writer: Writer, seen: dict[str, Tensor], out: Tensor) -> Tensor | None:
+        new = self._replaced(source.name, out)
+        self._totals[source.name] = self._kept(out if new is None else new) - source.constant
+        scale = self._kept(post_scale(writer, seen.get("before"), out))
+        if source.group.kind == "heads":
+            self._coefficients[source.name] = self._kept(seen["z"]) * scale
+        elif source.sae is not None:
+            x, sae = self._inputs[source.name], source.sae
+            self._coefficients[source.name] = lambda: sae.coefficients(x) * scale
+        return new
 
     # ---- hooks -----------------------------------------------------------------------------------
 
@@ -174,24 +159,17 @@ class StreamRun:
     def _replaced(self, group: str, out: Tensor) -> Tensor | None:
         return self.replace[group](out).to(out.dtype) if group in self.replace else None
 
-    def _edit(self, source: Source) -> Callable[[Tensor, Tensor], Tensor]:
+    def _edit(self, source: Source, sae: SparseAutoencoder, x: Tensor, out: Tensor) -> Tensor:
         """Record an SAE's input and, unless the site is before the projection, what it puts out."""
-        sae = source.sae
-        if sae is None:
-            raise RuntimeError(f"{source.name} has no SAE")
-
-        def edit(x: Tensor, out: Tensor) -> Tensor:
-            own = (x if self.differentiable else x.detach()).to(sae.bias.dtype)
-            if source.inner:
-                self._inputs[source.name] = own
-                return out
-            new = self._replaced(source.name, out)
-            out = out if new is None else new
-            self._totals[source.name] = self._kept(out) - source.constant
-            self._coefficients[source.name] = lambda: sae.coefficients(own)
+        own = (x if self.differentiable else x.detach()).to(sae.bias.dtype)
+        if source.inner:
+            self._inputs[source.name] = own
             return out
-
-        return edit
+        new = self._replaced(source.name, out)
+        out = out if new is None else new
+        self._totals[source.name] = self._kept(out) - source.constant
+        self._coefficients[source.name] = lambda: sae.coefficients(own)
+        return out
 
     def _stream(self, stage: int, x: Tensor) -> Tensor | None:
         new = None
@@ -213,6 +191,20 @@ class StreamRun:
         stage = 2 * len(self.graph.blocks)
         self.streams[stage] = x if self.differentiable else x.detach()
         return self.read_end(stage, x)
+
+
+def _first_input(
+    function: Callable[[Tensor], Tensor | None],
+    _module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Call `function` on a module's first argument, however it was passed; None: it stays."""
+    name = None if args else next(iter(kwargs))
+    new = function(args[0] if name is None else kwargs[name])
+    if new is None:
+        return None
+    return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
 
 
 @torch.no_grad()

@@ -183,7 +183,7 @@ def edge_attribution(
     check_prompts(graph, prompts)
     need = Need.of(graph, max(prompts.lengths), limit=memory_limit)
     batch_size = chosen_batch_size(need, batch_size)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), graph.running():
         recorder = GraphRecorder(graph)
         sums = EdgeSums(graph, recorder.sources, need.tokens_at_once(batch_size))
         ablator = Ablator(recorder, prompts, ablation, batch_size)
