@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from auto_circuit.data.prompts import PromptBatch, PromptDataset, PromptPair, read_prompts
     from auto_circuit.data.tasks import load_prompts
     from auto_circuit.errors import AutoCircuitError
+    from auto_circuit.graph.circuit_graph import CircuitGraph
+    from auto_circuit.graph.edge_layout import Edge, EdgeLayout
     from auto_circuit.graph.nodes import Node, NodeScores
+    from auto_circuit.graph.prune_scores import Circuit, PruneScores
     from auto_circuit.metrics.faithfulness import FaithfulnessCurve, faithfulness_curve
     from auto_circuit.metrics.objectives import answer_log_prob, logit_diff, prob_diff
     from auto_circuit.model_utils.model_loading import load_model
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
     from auto_circuit.model_utils.sparse_autoencoders.checkpoints import load_saes, save_saes
     from auto_circuit.model_utils.sparse_autoencoders.neuron_autoencoder import neuron_saes
     from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
-    from auto_circuit.patching.ablations import Ablation
+    from auto_circuit.patching.ablations import Ablation, GraphRecorder
+    from auto_circuit.patching.edge_patching import PatchType, run_circuits
+    from auto_circuit.prune_algos.edge_attribution import edge_attribution
     from auto_circuit.prune_algos.node_attribution import exact_node_effects, node_attribution
 
 _SAE = "auto_circuit.model_utils.sparse_autoencoders"
@@ -29,7 +34,10 @@ _WHERE = {
     "auto_circuit.data.prompts": ("PromptBatch", "PromptDataset", "PromptPair", "read_prompts"),
     "auto_circuit.data.tasks": ("load_prompts",),
     "auto_circuit.errors": ("AutoCircuitError",),
+    "auto_circuit.graph.circuit_graph": ("CircuitGraph",),
+    "auto_circuit.graph.edge_layout": ("Edge", "EdgeLayout"),
     "auto_circuit.graph.nodes": ("Node", "NodeScores"),
+    "auto_circuit.graph.prune_scores": ("Circuit", "PruneScores"),
     "auto_circuit.metrics.faithfulness": ("FaithfulnessCurve", "faithfulness_curve"),
     "auto_circuit.metrics.objectives": ("answer_log_prob", "logit_diff", "prob_diff"),
     "auto_circuit.model_utils.model_loading": ("load_model",),
@@ -37,7 +45,9 @@ _WHERE = {
     f"{_SAE}.checkpoints": ("load_saes", "save_saes"),
     f"{_SAE}.neuron_autoencoder": ("neuron_saes",),
     f"{_SAE}.sparse_autoencoder": ("SparseAutoencoder",),
-    "auto_circuit.patching.ablations": ("Ablation",),
+    "auto_circuit.patching.ablations": ("Ablation", "GraphRecorder"),
+    "auto_circuit.patching.edge_patching": ("PatchType", "run_circuits"),
+    "auto_circuit.prune_algos.edge_attribution": ("edge_attribution",),
     "auto_circuit.prune_algos.node_attribution": ("exact_node_effects", "node_attribution"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
@@ -47,14 +57,22 @@ __all__ = [
     "Ablation",
     "AutoCircuitError",
     "AutoencoderTransformer",
+    "Circuit",
+    "CircuitGraph",
+    "Edge",
+    "EdgeLayout",
     "FaithfulnessCurve",
+    "GraphRecorder",
     "Node",
     "NodeScores",
+    "PatchType",
     "PromptBatch",
     "PromptDataset",
     "PromptPair",
+    "PruneScores",
     "SparseAutoencoder",
     "answer_log_prob",
+    "edge_attribution",
     "exact_node_effects",
     "faithfulness_curve",
     "load_model",
@@ -65,6 +83,7 @@ __all__ = [
     "node_attribution",
     "prob_diff",
     "read_prompts",
+    "run_circuits",
     "sae_model",
     "save_saes",
 ]

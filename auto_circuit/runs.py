@@ -1,7 +1,8 @@
 """The results folder: what a computing verb leaves behind, enough to go on from.
 
 `config.json` (arguments, versions, seed, fingerprints of model and SAEs), `prompts.json`,
-`scores.safetensors`, `circuit.json`, `metrics.json`, `report.html`. Each file appears whole, as soon as
+`scores.safetensors` (of edges, also `scores.json`),
+`circuit.json`, `metrics.json`, `report.html`. Each file appears whole, as soon as
 it is known, so that an interrupted run keeps what it had.
 """
 
@@ -18,7 +19,9 @@ import torch
 from auto_circuit.data.prompts import PromptDataset
 from auto_circuit.errors import InputError, listed
 from auto_circuit.files import replacing, write_json, write_text
+from auto_circuit.graph.circuit_graph import CircuitGraph
 from auto_circuit.graph.nodes import NodeScores
+from auto_circuit.graph.prune_scores import PruneScores
 from auto_circuit.metrics.faithfulness import FaithfulnessCurve
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import AutoencoderTransformer
 from auto_circuit.model_utils.sparse_autoencoders.latent_pruning import PruningResult
@@ -29,10 +32,14 @@ RESULTS = (
     "config.json",
     "prompts.json",
     "scores.safetensors",
+    "scores.json",
     "circuit.json",
     "metrics.json",
     "report.html",
 )
+
+#: Edges that `circuit.json` lists by name at most.
+EDGES_LISTED = 10_000
 
 
 class Run:
@@ -77,7 +84,10 @@ class Run:
             raise InputError(f"{path} has folders where results would be written: {listed(folders)}.")
 
     def start(
-        self, spliced: AutoencoderTransformer, prompts: PromptDataset, pruning: PruningResult | None = None
+        self,
+        spliced: AutoencoderTransformer | CircuitGraph,
+        prompts: PromptDataset,
+        pruning: PruningResult | None = None,
     ) -> None:
         """Write what the run is about, and take away what an earlier run left."""
         for name in RESULTS:
@@ -102,28 +112,36 @@ class Run:
         write_json(self.folder / "config.json", self.config)
         prompts.save(self.folder / "prompts.json")
 
-    def scored(self, scores: NodeScores) -> None:
+    def scored(self, scores: NodeScores | PruneScores) -> None:
         """Write the scores, and a report without a curve."""
         scores.save(self.folder / "scores.safetensors")
         self._report(scores, None)
 
-    def measured(self, scores: NodeScores, curve: FaithfulnessCurve, faithfulness: float = 0.9) -> None:
-        """Write the curve, the smallest circuit measured to be so faithful (else all nodes), the report."""
+    def measured(
+        self, scores: NodeScores | PruneScores, curve: FaithfulnessCurve, faithfulness: float = 0.9
+    ) -> None:
+        """Write the curve, the smallest circuit measured to be so faithful (else the largest), the report."""
         size = curve.smallest(faithfulness)
-        nodes = scores.top(curve.sizes[-1] if size is None else size, signed=curve.signed)
+        k = curve.sizes[-1] if size is None else size
         circuit = {
             "wanted_faithfulness": faithfulness,
             "reached": size is not None,
-            "faithfulness": curve.faithfulness[curve.sizes.index(len(nodes))],
-            "size": len(nodes),
-            "nodes": [{"name": node.name, **asdict(node)} for node in nodes],
+            "faithfulness": curve.faithfulness[curve.sizes.index(k)],
+            "size": k,
         }
+        if isinstance(scores, PruneScores):
+            # The best of them by name; the whole circuit is the first `size` of scores.safetensors.
+            best = scores.edges(min(k, EDGES_LISTED), signed=curve.signed)
+            circuit["edges"] = [{"name": edge.name, **asdict(edge)} for edge in best]
+        else:
+            nodes = scores.top(k, signed=curve.signed)
+            circuit["nodes"] = [{"name": node.name, **asdict(node)} for node in nodes]
         write_json(self.folder / "circuit.json", circuit)
         self.metrics["faithfulness_curve"] = asdict(curve)
         write_json(self.folder / "metrics.json", self.metrics)
         self._report(scores, curve)
 
-    def _report(self, scores: NodeScores, curve: FaithfulnessCurve | None) -> None:
+    def _report(self, scores: NodeScores | PruneScores, curve: FaithfulnessCurve | None) -> None:
         arguments = self.config["arguments"]
         title = f"{arguments.get('task', 'nodes')} in {arguments.get('model', 'a model')}"
         write_text(self.folder / "report.html", html_report(title, scores, curve, self.config))

@@ -2,7 +2,7 @@
 
 `f(C) = (m(C) − m(∅)) / (m(M) − m(∅))`, with `m` the mean objective over prompts, `M` the plain model,
 `∅` everything ablated, and `C` the best nodes or edges kept while the others are ablated. In circuits of
-nodes, components without SAEs always stay. 1: the circuit does what the model does; 0: no better than nothing.
+nodes, components without SAEs always stay. 1: the circuit does what the model does; 0: no better than none.
 """
 
 import math
@@ -118,11 +118,11 @@ def faithfulness_curve(
             ablating everything does not change.
     """
     of_edges = isinstance(scores, PruneScores)
-    wanted = CircuitGraph if of_edges else AutoencoderTransformer
-    if not isinstance(scores, PruneScores | NodeScores) or not isinstance(model, wanted):
+    fits = isinstance(model, CircuitGraph if of_edges else AutoencoderTransformer)
+    if not isinstance(scores, PruneScores | NodeScores) or not fits:
         raise InputError(
-            f"NodeScores go with the model that sae_model returned, PruneScores with their CircuitGraph; given "
-            f"{type(scores).__name__} with {type(model).__name__}."
+            f"NodeScores go with the model that sae_model returned, PruneScores with their CircuitGraph; "
+            f"given {type(scores).__name__} with {type(model).__name__}."
         )
     _check_lengths(scores, prompts)
     n = len(scores)
@@ -142,14 +142,17 @@ def faithfulness_curve(
         runs = _node_runs(model, scores, prompts, every, signed, **options)
         context, plain = model.spliced(), partial(_plain, model)
     totals = torch.zeros(len(every) + 1, dtype=torch.float64)
+    references: dict[int, Tensor] = {}
     with context:
         for batch, i, logits in runs:
-            if i == 0:  # each batch runs every size, the empty circuit first
-                reference = plain(batch.clean)
-                totals[-1] += (
-                    evaluate(objective, reference, batch.with_reference(reference)).double().sum().cpu()
-                )
-            totals[i] += evaluate(objective, logits, batch.with_reference(reference)).double().sum().cpu()
+            first = int(batch.idxs[0])
+            new = first not in references
+            if new:
+                references = {first: plain(batch.clean)}
+            batch = batch.with_reference(references[first])
+            if new:
+                totals[-1] += evaluate(objective, references[first], batch).double().sum().cpu()
+            totals[i] += evaluate(objective, logits, batch).double().sum().cpu()
     empty, *values, full = (totals / len(prompts)).tolist()
     _check_values(empty, values, full, unit)
     return FaithfulnessCurve(

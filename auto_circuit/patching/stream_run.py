@@ -107,7 +107,7 @@ class StreamRun:
 
     def _after(self, module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> None:
         """Have `function` see a module's output, and perhaps replace it."""
-        self._handles.append(module.register_forward_hook(lambda _m, _args, out: function(out)))
+        self._handles.append(module.register_forward_hook(partial(_output, function)))
 
     def _before(self, module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> None:
         """Have `function` see a module's first input, and perhaps replace it."""
@@ -191,6 +191,13 @@ class StreamRun:
         stage = 2 * len(self.graph.blocks)
         self.streams[stage] = x if self.differentiable else x.detach()
         return self.read_end(stage, x)
+
+
+def _output(
+    function: Callable[[Tensor], Tensor | None], _module: nn.Module, _args: Any, out: Tensor
+) -> Tensor | None:
+    """Call `function` on a module's output."""
+    return function(out)
 
 
 def _first_input(

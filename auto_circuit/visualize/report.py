@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page with the curve and the strongest nodes of a run.
+"""`report.html`: one self-contained page with the curve and the strongest nodes or edges of a run.
 
 No script and no request to anywhere; every text that comes from a model, a file or a user is escaped.
 """
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from auto_circuit.graph.nodes import Node, NodeScores
+from auto_circuit.graph.nodes import NodeScores
+from auto_circuit.graph.prune_scores import PruneScores
 from auto_circuit.metrics.faithfulness import FaithfulnessCurve
 
 _STYLE = """
@@ -23,26 +24,28 @@ svg { max-width: 100%; height: auto; } pre { overflow: auto; background: #8881; 
 
 def html_report(
     title: str,
-    scores: NodeScores,
+    scores: NodeScores | PruneScores,
     curve: FaithfulnessCurve | None,
     config: Mapping[str, Any],
     *,
-    n_nodes: int = 50,
+    n_listed: int = 50,
 ) -> str:
     """Return the page.
 
     Args:
         title: what was explained.
-        scores: of every node.
+        scores: of every node, or of every edge.
         curve: how faithful circuits of growing size are; None while it is not measured.
         config: what was run, shown at the end.
-        n_nodes: how many of the strongest nodes are listed.
+        n_listed: how many of the strongest are listed.
     """
-    nodes = scores.top(n_nodes, signed=curve.signed if curve else False)
+    signed = curve.signed if curve else False
     parts = [
         f"<h1>{escape(title)}</h1>",
         _curve(curve) if curve else "<p>Faithfulness was not measured.</p>",
-        _nodes(nodes, len(scores)),
+        _edges(scores, n_listed, signed)
+        if isinstance(scores, PruneScores)
+        else _nodes(scores, n_listed, signed),
         "<h2>How it was computed</h2>",
         "<pre>" + escape("\n".join(f"{key}: {value}" for key, value in config.items())) + "</pre>",
     ]
@@ -55,7 +58,8 @@ def html_report(
     )
 
 
-def _nodes(nodes: list[Node], n_all: int) -> str:
+def _nodes(scores: NodeScores, n: int, signed: bool) -> str:
+    nodes = scores.top(n, signed=signed)
     rows = "".join(
         f"<tr><td>{escape(node.site)}</td>"
         f"<td>{'error' if node.latent is None else f'latent {node.latent_id}'}</td>"
@@ -63,8 +67,22 @@ def _nodes(nodes: list[Node], n_all: int) -> str:
         for node in nodes
     )
     return (
-        f"<table><caption>The {len(nodes)} strongest of {n_all} nodes</caption>"
+        f"<table><caption>The {len(nodes)} strongest of {len(scores):,} nodes</caption>"
         "<thead><tr><th>site</th><th>node</th><th>position</th><th>score</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>"
+    )
+
+
+def _edges(scores: PruneScores, n: int, signed: bool) -> str:
+    edges = scores.edges(n, signed=signed)
+    rows = "".join(
+        f"<tr><td>{escape(edge.source)}</td><td>{escape(edge.destination)}</td>"
+        f"<td>{'' if edge.position is None else edge.position}</td><td>{edge.score or 0.0:+.4f}</td></tr>"
+        for edge in edges
+    )
+    return (
+        f"<table><caption>The {len(edges)} strongest of {len(scores):,} edges</caption>"
+        "<thead><tr><th>source</th><th>destination</th><th>position</th><th>score</th></tr></thead>"
         f"<tbody>{rows}</tbody></table>"
     )
 
@@ -78,12 +96,13 @@ def _curve(curve: FaithfulnessCurve) -> str:
     about = (
         f"{curve.n_prompts} prompts, ablation {curve.ablation}, "
         f"{'with' if curve.error_nodes else 'without'} error nodes; objective {curve.full:.3f} for the plain "
-        f"model, {curve.empty:.3f} with every node ablated."
+        f"model, {curve.empty:.3f} with all {curve.unit} ablated."
     )
     return (
         f"<p>{escape(about)}</p>{_drawing(curve)}"
-        "<table><caption>Faithfulness by circuit size</caption><thead><tr><th>nodes kept</th>"
-        f"<th>faithfulness</th><th>objective</th></tr></thead><tbody>{rows}</tbody></table>"
+        "<table><caption>Faithfulness by circuit size</caption><thead><tr>"
+        f"<th>{curve.unit} kept</th><th>faithfulness</th><th>objective</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>"
     )
 
 
@@ -113,7 +132,7 @@ def _drawing(curve: FaithfulnessCurve) -> str:
     )
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" font-size="12" fill="currentColor" '
-        f'aria-label="Faithfulness over the number of nodes kept">{lines}{ticks}'
-        f'<text x="{width / 2:.0f}" y="{height - 2}" text-anchor="middle">nodes kept</text>'
+        f'aria-label="Faithfulness over the number of {curve.unit} kept">{lines}{ticks}'
+        f'<text x="{width / 2:.0f}" y="{height - 2}" text-anchor="middle">{curve.unit} kept</text>'
         f'<polyline points="{points}" fill="none" stroke="#2a7ae2" stroke-width="2"/></svg>'
     )

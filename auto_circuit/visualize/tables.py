@@ -1,8 +1,9 @@
-"""Plain-text tables of nodes and curves."""
+"""Plain-text tables of nodes, edges and curves."""
 
 from collections.abc import Sequence
 
 from auto_circuit.graph.nodes import NodeScores
+from auto_circuit.graph.prune_scores import PruneScores
 from auto_circuit.metrics.faithfulness import FaithfulnessCurve
 
 
@@ -42,10 +43,20 @@ def node_table(scores: NodeScores, per_site: int = 5, *, signed: bool = False) -
     return text_table(["site", "node", "score", "rank"], rows)
 
 
+def edge_table(scores: PruneScores, n: int = 20, *, signed: bool = False) -> str:
+    """Show the best edges: source, destination, position, score."""
+    edges = scores.edges(n, signed=signed)
+    at = [] if scores.layout.seq_len is None else ["position"]
+    rows = [
+        [e.source, e.destination, *([str(e.position)] if at else []), f"{e.score or 0.0:+.4f}"] for e in edges
+    ]
+    return text_table(["source", "destination", *at, "score"], rows)
+
+
 def curve_table(curve: FaithfulnessCurve) -> str:
     """Show the faithfulness of each circuit size."""
     rows = [
         [str(size), f"{faithfulness:.3f}", f"{value:.3f}"]
         for size, faithfulness, value in zip(curve.sizes, curve.faithfulness, curve.objective, strict=True)
     ]
-    return text_table(["nodes kept", "faithfulness", "objective"], rows)
+    return text_table([f"{curve.unit} kept", "faithfulness", "objective"], rows)

@@ -105,7 +105,7 @@ def test_one_reader_for_q_k_and_v_scores_their_sum(shared_model: Any, family: st
 @pytest.mark.parametrize(("placed", "error_nodes"), [("plain", True), ("out", True), ("inner", False)])
 @pytest.mark.parametrize(
     ("family", "ablation"),
-    # Not zero for RMS norms: without a bias the stream shrinks to nothing, and the path turns at its very end.
+    # Not zero for RMS norms: without biases the stream shrinks to nothing, and the path turns at its end.
     [(f, a) for f in FAMILIES for a in ("resample", "mean")] + [("gpt2", "zero"), ("neox", "zero")],
 )
 def test_integrated_gradients_over_masks_sum_to_the_change(
