@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from auto_circuit.data.tasks import load_prompts
     from auto_circuit.errors import AutoCircuitError
     from auto_circuit.graph.circuit_graph import CircuitGraph
-    from auto_circuit.graph.edge_layout import Edge, EdgeLayout
+    from auto_circuit.graph.edge_ends import Edge
+    from auto_circuit.graph.edge_layout import EdgeLayout
     from auto_circuit.graph.nodes import Node, NodeScores
     from auto_circuit.graph.prune_scores import Circuit, PruneScores
     from auto_circuit.metrics.faithfulness import FaithfulnessCurve, faithfulness_curve
@@ -35,7 +36,8 @@ _WHERE = {
     "auto_circuit.data.tasks": ("load_prompts",),
     "auto_circuit.errors": ("AutoCircuitError",),
     "auto_circuit.graph.circuit_graph": ("CircuitGraph",),
-    "auto_circuit.graph.edge_layout": ("Edge", "EdgeLayout"),
+    "auto_circuit.graph.edge_ends": ("Edge",),
+    "auto_circuit.graph.edge_layout": ("EdgeLayout",),
     "auto_circuit.graph.nodes": ("Node", "NodeScores"),
     "auto_circuit.graph.prune_scores": ("Circuit", "PruneScores"),
     "auto_circuit.metrics.faithfulness": ("FaithfulnessCurve", "faithfulness_curve"),

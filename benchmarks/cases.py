@@ -41,6 +41,22 @@ MODEL = {
 #: The graph whose edges are scored and patched: MODEL with the SAEs of PRUNED, each cut to `max_latents`.
 GRAPH = {"max_latents": 256, "n_prompts": 8, "n_edges": 1_000}
 
+#: The large graph: a model of GPT-2 small's shape, and the latents at each of its MLPs.
+LARGE = {
+    "n_latents": 24_576,
+    "model": {
+        "n_layers": 12,
+        "d_model": 768,
+        "n_heads": 12,
+        "d_head": 64,
+        "d_mlp": 3_072,
+        "n_ctx": 16,
+        "d_vocab": 50_257,
+        "act_fn": "gelu",
+        "normalization_type": "LN",
+    },
+}
+
 #: Prepares one call, untimed. The call is timed; it returns numbers to compare between the sides, or None.
 Case = Callable[[], Callable[[], list[float] | None]]
 

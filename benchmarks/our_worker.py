@@ -12,18 +12,35 @@
     `kl`           without error nodes, KL measured: exactly the peer's work
     `kl_error`     with error nodes while counting (our default), KL measured
     `no_kl`        without error nodes, KL not measured
+
+`graph`: the edges of that model with its SAEs cut to 256 latents each, on 8 prompt pairs of 16 tokens:
+    `passes`       two forward passes and one backward pass of the plain model, which attribution needs
+    `eap`          edge attribution patching without error nodes: exactly the peer's work
+    `eap_error`    the same with error nodes (our default)
+    `circuit`      one circuit of 1,000 edges, tree patching, resampling
+    `half`         one circuit of half of the edges
+
+`large`: a random model of GPT-2 small's shape, 24,576 unpruned latents at every MLP, 8 pairs of 16 tokens:
+    `eap`          edge attribution patching of all its edges; making model and SAEs is part of the call
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from cases import (
+    GRAPH,
+    LARGE,
     MODEL,
     N_INPUTS,
     N_LATENTS,
     PRUNED,
     Case,
+    destinations,
+    edge_scores,
+    graph_prompts,
+    kept_latents,
     model_weights,
     prompt_tokens,
     run_worker,
@@ -36,8 +53,13 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from auto_circuit.data.prompts import PromptDataset, PromptPair
+from auto_circuit.graph.circuit_graph import CircuitGraph
+from auto_circuit.graph.prune_scores import PruneScores
+from auto_circuit.metrics.objectives import logit_diff
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import sae_model
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
+from auto_circuit.patching.edge_patching import run_circuits
+from auto_circuit.prune_algos.edge_attribution import edge_attribution
 
 
 def sae() -> dict[str, Case]:
@@ -109,6 +131,103 @@ def prune() -> dict[str, Case]:
     }
 
 
+def graph() -> dict[str, Case]:
+    """Make the cases of scoring edges and running circuits."""
+    prompts = _pairs(graph_prompts())
+    model = _model().requires_grad_(False)
+
+    def graph_of(error_nodes: bool) -> CircuitGraph:
+        saes = _saes()
+        for layer, sae in enumerate(saes.values()):
+            sae.prune_latents(kept_latents(layer))
+        return CircuitGraph(sae_model(model, saes, error_nodes=error_nodes))
+
+    def passes() -> Callable[[], None]:
+        batch = next(prompts.batches())
+
+        def run() -> None:
+            model(batch.corrupt)
+            start: list[Tensor] = []
+
+            def take(x: Tensor, hook: object) -> Tensor:
+                del hook
+                start.append(x.detach().requires_grad_())
+                return start[0]
+
+            with torch.enable_grad(), model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", take)]):
+                value = logit_diff(model(batch.clean)[:, -1], batch).sum()
+                torch.autograd.grad(value, start)
+
+        return run
+
+    def eap(error_nodes: bool) -> Case:
+        def prepare() -> Callable[[], list[float]]:
+            graph = graph_of(error_nodes)
+
+            def run() -> list[float]:
+                scores = edge_attribution(graph, prompts, progress=False).scores
+                return [float(scores[_ours(name)].sum()) for name in sorted(destinations())]
+
+            return run
+
+        return prepare
+
+    def circuit(n_edges: int | None) -> Case:
+        def prepare() -> Callable[[], list[float]]:
+            graph = graph_of(error_nodes=False)
+            scores = PruneScores(graph.layout, {_ours(name): edge_scores(name) for name in destinations()})
+            chosen = scores.top(n_edges or graph.n_edges // 2)
+            return lambda: some_of(run_circuits(graph, prompts, [chosen], progress=False)[0])
+
+        return prepare
+
+    return {
+        "passes": passes,
+        "eap": eap(error_nodes=False),
+        "eap_error": eap(error_nodes=True),
+        "circuit": circuit(GRAPH["n_edges"]),
+        "half": circuit(None),
+    }
+
+
+def large() -> dict[str, Case]:
+    """Make the case of a graph of 10⁸ edges."""
+
+    def run() -> list[float]:
+        torch.manual_seed(0)
+        model = TransformerBridge.boot_native(dict(LARGE["model"])).requires_grad_(False)
+        saes = {}
+        for layer in range(LARGE["model"]["n_layers"]):
+            sae = SparseAutoencoder(HookPoint(), LARGE["n_latents"], LARGE["model"]["d_model"])
+            saes[f"blocks.{layer}.hook_mlp_out"] = sae.requires_grad_(False)
+        tokens = torch.randint(0, 1_000, (2, 8, 16))
+        prompts = _pairs({"clean": tokens[0], "corrupt": tokens[1], "answers": [1] * 8, "wrong": [2] * 8})
+        graph = CircuitGraph(sae_model(model, saes))
+        scores = edge_attribution(graph, prompts, progress=False)
+        return [float(graph.n_edges), *(edge.score or 0.0 for edge in scores.edges(3))]
+
+    return {"eap": lambda: run}
+
+
+def _ours(hook: str) -> str:
+    """Return our name of one of the peer's destinations."""
+    layer, kind = hook.split(".")[1:]
+    kinds = {"hook_mlp_in": "mlp.in", "hook_resid_post": ""}
+    name = kinds.get(kind, f"attn.{kind.removeprefix('hook_')[0]}")
+    return f"blocks.{layer}.{name}" if name else "end"
+
+
+def _pairs(tokens: dict[str, Any]) -> PromptDataset:
+    """Make prompts of token ids."""
+    texts = {
+        side: [" ".join(map(str, row)) for row in tokens[side].tolist()] for side in ("clean", "corrupt")
+    }
+    ids = [[f" {int(i)}" for i in tokens[side]] for side in ("answers", "wrong")]
+    rows = zip(texts["clean"], texts["corrupt"], *ids, strict=True)
+    pairs = [PromptPair(clean, corrupt, (answer,), (wrong,)) for clean, corrupt, answer, wrong in rows]
+    return PromptDataset(pairs, NumberTokenizer())
+
+
 def _model() -> TransformerBridge:
     model = TransformerBridge.boot_native(dict(MODEL))
     weights = model_weights()
@@ -134,4 +253,4 @@ def _saes() -> dict[str, SparseAutoencoder]:
 
 
 if __name__ == "__main__":
-    run_worker({"sae": sae, "prune": prune})
+    run_worker({"sae": sae, "prune": prune, "graph": graph, "large": large})

@@ -114,8 +114,11 @@ BENCHMARKS = {
     "graph": Benchmark(
         title="Edges of 6 x 256 latents and 24 heads (52,363), 8 prompt pairs x 16 tokens, width 256",
         cases={
-            "ours/eap": "ours, edge attribution patching",
+            "ours/passes": "plain model, 2 forwards, 1 backward",
+            "ours/eap": "ours, attribution, no error nodes",
+            "ours/eap_error": "ours, attribution, error nodes",
             "ours/circuit": "ours, a circuit of 1,000 edges",
+            "ours/half": "ours, a circuit of half the edges",
             "peer/eap": "auto-circuit 1.0.1, attribution",
             "peer/circuit": "auto-circuit 1.0.1, circuit",
         },
@@ -125,8 +128,20 @@ BENCHMARKS = {
         same=(("ours/eap", "peer/eap"), ("ours/circuit", "peer/circuit")),
         ratios=(
             Ratio("auto-circuit / ours, attribution", "peer/eap", "ours/eap", at_least=50),
+            Ratio("auto-circuit / ours, error nodes", "peer/eap", "ours/eap_error"),
+            Ratio("ours / its passes", "ours/eap", "ours/passes", at_most=1.5),
             Ratio("auto-circuit / ours, circuit", "peer/circuit", "ours/circuit", at_least=30),
+            Ratio("auto-circuit / ours, half the edges", "peer/circuit", "ours/half"),
         ),
+    ),
+    "large": Benchmark(
+        title="GPT-2 small's shape, 12 x 24,576 latents (10^8 edges), 8 x 16 tokens; under 120 s and 4 GiB",
+        cases={"ours/eap": "ours, attribution, all made anew"},
+        ours=1,
+        peer=0,
+        peaks=("ours/eap",),
+        same=(),
+        ratios=(),
     ),
 }
 

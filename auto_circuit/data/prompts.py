@@ -7,7 +7,7 @@ only, so that nothing is padded, and no prompt is dropped.
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ class PromptBatch:
         answers: token ids, `[batch, n_answers]`, filled with −1 where a prompt has fewer.
         wrong_answers: token ids, `[batch, n_wrong]`, filled with −1.
         idxs: each prompt's index in its dataset, `[batch]`.
-        reference_logits: the plain model's logits at the last position of the clean prompts,
-            `[batch, vocab]`, for objectives that compare with them; None until somebody adds them.
+        reference: the plain model's logits at the last position of the clean prompts, or what computes
+            them when an objective asks for `reference_logits`; None until somebody adds them.
     """
 
     clean: Int[Tensor, "batch seq"]
@@ -56,14 +56,21 @@ class PromptBatch:
     answers: Int[Tensor, "batch n_answers"]
     wrong_answers: Int[Tensor, "batch n_wrong"]
     idxs: Int[Tensor, " batch"]
-    reference_logits: Float[Tensor, "batch vocab"] | None = None
+    reference: Tensor | Callable[[], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.clean)
 
-    def with_reference(self, logits: Float[Tensor, "batch vocab"]) -> "PromptBatch":
-        """Return this batch with reference logits."""
-        return replace(self, reference_logits=logits)
+    @property
+    def reference_logits(self) -> Float[Tensor, "batch vocab"] | None:
+        """The plain model's logits at the last position of the clean prompts."""
+        if self.reference is not None and not isinstance(self.reference, Tensor):
+            object.__setattr__(self, "reference", self.reference())
+        return self.reference if isinstance(self.reference, Tensor) else None
+
+    def with_reference(self, logits: Tensor | Callable[[], Tensor]) -> "PromptBatch":
+        """Return this batch with reference logits `[batch, vocab]`, or with what computes them when asked."""
+        return replace(self, reference=logits)
 
 
 class PromptDataset:

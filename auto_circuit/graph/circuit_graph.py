@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from auto_circuit.errors import InputError, listed
-from auto_circuit.graph.edge_layout import END, START, Destination, Edge, EdgeLayout, SourceGroup, readers
+from auto_circuit.graph.edge_ends import END, START, Destination, Edge, SourceGroup, readers
+from auto_circuit.graph.edge_layout import EdgeLayout
 from auto_circuit.model_utils.block_wiring import Block, check_blocks, read_blocks
 from auto_circuit.model_utils.hooked_model import Site, hooked_model
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import AutoencoderTransformer

@@ -12,7 +12,7 @@ blocks.7.mlp.in@4`. A latent is named by its published id; `@4` is the token pos
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -21,109 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_circuit.errors import InputError, unknown_name
-
-START, END = "start", "end"
-
-
-@dataclass(frozen=True, eq=False)
-class SourceGroup:
-    """Sources that write together.
-
-    Attributes:
-        name: `start`, `blocks.3.attn`, `blocks.3.mlp`, or the name of an SAE's site.
-        kind: `dense` (one source), `heads`, or `latents`.
-        n: number of sources, the remainder included.
-        stage: when it writes: 0 the start, 2·layer + 1 attention, 2·layer + 2 the MLP.
-        remainder: what a site writes that its latents do not account for, a source of its own: `error`,
-            `bias` (a token-dependent one, where there are no error nodes), or None.
-        latent_ids: published ids `[(seq,) n_latents]`, for latents.
-    """
-
-    name: str
-    kind: str
-    n: int
-    stage: int
-    remainder: str | None = None
-    latent_ids: Tensor | None = None
-
-    @property
-    def n_columns(self) -> int:
-        """Number of heads or latents; 0 for a dense source."""
-        return 0 if self.kind == "dense" else self.n - (self.remainder is not None)
-
-    def source_name(self, index: int, position: int | None) -> str:
-        """Return the name of the group's source at an index."""
-        if self.kind == "dense":
-            return self.name
-        if index >= self.n_columns:
-            return f"{self.name}/{self.remainder}"
-        if self.kind == "heads":
-            return f"{self.name}/head.{index}"
-        ids = self.latent_ids if self.latent_ids is not None else torch.arange(self.n_columns)
-        return f"{self.name}/latent.{int(ids[index] if ids.ndim == 1 else ids[position or 0, index])}"
-
-    def source_index(self, part: str, position: int | None) -> int | None:
-        """Return the index of the source called `name/part`; None where there is none."""
-        if part == "":
-            return 0 if self.kind == "dense" else None
-        if part == self.remainder:
-            return self.n - 1
-        kind, _, number = part.partition(".")
-        if not number.isdecimal() or kind != {"heads": "head", "latents": "latent"}.get(self.kind):
-            return None
-        wanted = int(number)
-        if self.kind == "heads" or self.latent_ids is None:
-            return wanted if wanted < self.n_columns else None
-        ids = self.latent_ids if self.latent_ids.ndim == 1 else self.latent_ids[position or 0]
-        found = (ids == wanted).nonzero()
-        return int(found[0]) if len(found) else None
-
-
-@dataclass(frozen=True)
-class Destination:
-    """A module that reads the stream.
-
-    Attributes:
-        name: `blocks.3.attn.q` (`.k`, `.v`, or `.in` for all three), `blocks.3.mlp.in`, `end`.
-        heads: number of rows: heads, key/value heads under GQA; None for one row without a name.
-        n_sources: how many sources come before it.
-        stage: the last stage of sources that it sees.
-    """
-
-    name: str
-    heads: int | None
-    n_sources: int
-    stage: int
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return self.heads or 1
-
-
-@dataclass(frozen=True)
-class Edge:
-    """One edge, made on demand.
-
-    Attributes:
-        index: its number in the layout.
-        source, destination: names of nodes, `blocks.1.attn/head.2`, `blocks.3.attn.q/head.5`.
-        position: token position, when edges are per position.
-        score: its score, where it comes from scores; else None.
-    """
-
-    index: int
-    source: str
-    destination: str
-    position: int | None
-    score: float | None = None
-
-    @property
-    def name(self) -> str:
-        """For people and files."""
-        at = "" if self.position is None else f"@{self.position}"
-        return f"{self.source}->{self.destination}{at}"
+from auto_circuit.errors import AutoCircuitError, InputError, unknown_name
+from auto_circuit.graph.edge_ends import Destination, Edge, SourceGroup, readers, row_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,14 +99,22 @@ class EdgeLayout:
         Raises:
             InputError: when there is none.
         """
-        if not 0 <= index < self.n_edges:
-            raise InputError(f"There are edges 0 to {self.n_edges - 1:,}; given {index}.")
-        i = bisect_right(self._offsets, index) - 1
-        destination = self.destinations[i]
-        rest, source = divmod(index - self._offsets[i], destination.n_sources)
+        destination, within = self.place(index)
+        rest, source = divmod(within, destination.n_sources)
         position, row = divmod(rest, destination.rows)
         at = None if self.seq_len is None else position
-        return Edge(index, self.source_name(source, at), _row_name(destination, row), at, score)
+        return Edge(index, self.source_name(source, at), row_name(destination, row), at, score)
+
+    def place(self, index: int) -> tuple[Destination, int]:
+        """Return the destination of the edge with a number, and where it is in its flattened tensor.
+
+        Raises:
+            InputError: when there is no such edge.
+        """
+        if not 0 <= index < self.n_edges or int(index) != index:
+            raise InputError(f"There are edges 0 to {self.n_edges - 1:,}; given {index}.")
+        i = bisect_right(self._offsets, index) - 1
+        return self.destinations[i], index - self._offsets[i]
 
     def edge_name(self, index: int) -> str:
         """Return the name of the edge with a number."""
@@ -221,9 +128,9 @@ class EdgeLayout:
             InputError: for a name of another form, a position that does not exist, or a source that
                 comes after its destination.
         """
-        nodes, _, at = name.partition("@")
+        nodes, sign, at = name.partition("@")
         source_name, arrow, destination_name = nodes.partition("->")
-        if not arrow or (at != "" and not at.isdecimal()):
+        if not arrow or (sign and not at.isdecimal()) or source_name.endswith("/"):
             raise InputError(
                 f"Edges are named source->destination, such as {self.edge_name(0)}; given {name!r}."
             )
@@ -269,26 +176,43 @@ class EdgeLayout:
                 index = group.source_index(part, position)
                 if index is not None:
                     return self.group_starts[group.name] + index
-                known = [group.source_name(i, position) for i in range(group.n)]
-                raise unknown_name("source", name, known)
+                raise self._unknown_source(group, part, position)
         raise unknown_name("source", name, [group.source_name(0, position) for group in self.groups])
+
+    def _unknown_source(self, group: SourceGroup, part: str, position: int | None) -> AutoCircuitError:
+        """Say which sources of a group are near to the one asked for."""
+        kind, _, number = part.partition(".")
+        known = range(group.n)
+        if kind == "latent" and number.isdecimal() and group.kind == "latents":
+            # The nearest numbers: comparing spellings would take seconds with many latents.
+            ids = group.latent_ids if group.latent_ids is not None else torch.arange(group.n_columns)
+            ids = ids if ids.ndim == 1 else ids[position or 0]
+            known = (ids - int(number)).abs().argsort(stable=True)[:4].tolist()
+        names = [group.source_name(i, position) for i in known]
+        return unknown_name("source", f"{group.name}/{part}", names)
 
     def _destination(self, name: str) -> tuple[int, int]:
         module, _, row = name.partition("/")
         i = self.destination_index(module)
         destination = self.destinations[i]
-        number = re.fullmatch(r"head\.(\d+)", row)
+        number = re.fullmatch(r"head\.(0|[1-9]\d*)", row)
         if destination.heads is None and row == "":
             return i, 0
         if destination.heads is None or number is None or int(number[1]) >= destination.heads:
-            known = [_row_name(destination, r) for r in range(destination.rows)]
+            known = [row_name(destination, r) for r in range(destination.rows)]
             raise unknown_name("destination", name, known)
         return i, int(number[1])
 
     # ---- tensors ---------------------------------------------------------------------------------
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Cut a tensor `[n_edges]` into one for each destination."""
+        """Cut a tensor `[n_edges]` into one for each destination.
+
+        Raises:
+            InputError: for a tensor of another length.
+        """
+        if flat.shape != (self.n_edges,):
+            raise InputError(f"Expected a tensor [{self.n_edges}]; given {list(flat.shape)}.")
         return {d.name: flat[self.slice_of(d.name)].view(self.shape(d)) for d in self.destinations}
 
     def check(self, tensors: Mapping[str, Any], what: str) -> None:
@@ -302,7 +226,8 @@ class EdgeLayout:
         for destination in self.destinations:
             given = tensors.get(destination.name)
             if not isinstance(given, Tensor) or tuple(given.shape) != self.shape(destination):
-                has = list(given.shape) if isinstance(given, Tensor) else "nothing"
+                has = type(given).__name__ if destination.name in tensors else "nothing"
+                has = list(given.shape) if isinstance(given, Tensor) else has
                 raise InputError(
                     f"{what} for {destination.name}: expected a tensor {list(self.shape(destination))}, "
                     f"given {has}. Were they made for another graph (other SAEs, pruning, positions)?"
@@ -345,22 +270,40 @@ class EdgeLayout:
         try:
             groups = tuple(_group(entry) for entry in content["groups"])
             destinations = tuple(Destination(**entry) for entry in content["destinations"])
-            return cls(groups, destinations, content["seq_len"])
-        except (KeyError, TypeError, ValueError) as error:
+            layout = cls(groups, destinations, content["seq_len"])
+            _check_described(layout)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"This is no description of a graph ({error!r}).") from error
+        return layout
+
+
+def _check_described(layout: EdgeLayout) -> None:
+    """Raise a ValueError unless a layout read from a file fits together."""
+
+    def whole(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    names = [group.name for group in layout.groups], [d.name for d in layout.destinations]
+    if any(len(set(kind)) != len(kind) or not all(isinstance(n, str) for n in kind) for kind in names):
+        raise ValueError("names that are not strings, or not unique")
+    if layout.seq_len is not None and not whole(layout.seq_len, 1):
+        raise ValueError(f"seq_len {layout.seq_len!r}")
+    for group in layout.groups:
+        kinds, remainders = ("dense", "heads", "latents"), (None, "error", "bias")
+        fits = whole(group.n, 1) and whole(group.stage, 0) and group.kind in kinds
+        if not fits or group.remainder not in remainders or (group.kind == "dense" and group.n != 1):
+            raise ValueError(f"group {group.name}")
+        if group.latent_ids is not None and group.latent_ids.shape[-1] != group.n_columns:
+            raise ValueError(f"latent_ids of {group.name}")
+    for d in layout.destinations:
+        fits = whole(d.stage, 0) and (d.heads is None or whole(d.heads, 1))
+        if not fits or d.n_sources != readers(layout.groups, d.stage):
+            raise ValueError(f"destination {d.name}")
 
 
 def _group(entry: Mapping[str, Any]) -> SourceGroup:
     ids = entry["latent_ids"]
-    return SourceGroup(
-        **{**entry, "latent_ids": None if ids is None else torch.tensor(ids, dtype=torch.long)}
-    )
-
-
-def _row_name(destination: Destination, row: int) -> str:
-    return destination.name if destination.heads is None else f"{destination.name}/head.{row}"
-
-
-def readers(groups: Iterable[SourceGroup], stage: int) -> int:
-    """Number of sources that a reader at a stage sees."""
-    return sum(group.n for group in groups if group.stage <= stage)
+    held = None if ids is None else torch.tensor(ids)
+    if held is not None and held.dtype != torch.long:
+        raise ValueError(f"latent_ids of {entry['name']} that are not whole numbers")
+    return SourceGroup(**{**entry, "latent_ids": held})

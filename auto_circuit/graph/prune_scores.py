@@ -5,19 +5,21 @@ the edge helps. Scores and circuits are one tensor for each destination, `[(seq,
 know their edges by name without the model.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from auto_circuit.errors import InputError
 from auto_circuit.files import write_json, write_tensors
-from auto_circuit.graph.edge_layout import Edge, EdgeLayout
+from auto_circuit.graph.edge_ends import Edge
+from auto_circuit.graph.edge_layout import EdgeLayout
 
 FORMAT = "auto_circuit edge scores 1"
 
@@ -38,18 +40,30 @@ class Circuit:
         self.layout.check(self.kept, "A circuit")
 
     @classmethod
-    def of(cls, layout: EdgeLayout, edges: "Tensor | list[int] | list[str]") -> "Circuit":
-        """Make the circuit of edges given by number or by name.
+    def of(cls, layout: EdgeLayout, edges: Any) -> "Circuit":
+        """Make the circuit of some edges.
+
+        Args:
+            layout: which edges there are.
+            edges: their numbers, names or `Edge`s; or a mask, a bool tensor `[n_edges]`.
 
         Raises:
-            UnknownNameError: for a name of no node; InputError: for a number or name of no edge.
+            UnknownNameError: for a name of no node.
+            InputError: for a number or name of no edge, or anything else.
         """
-        given = edges.tolist() if isinstance(edges, Tensor) else edges
-        numbers = [layout.edge_index(edge) if isinstance(edge, str) else edge for edge in given]
+        if isinstance(edges, Tensor) and edges.dtype == torch.bool:
+            return cls(layout, layout.split(edges))
+        if isinstance(edges, str) or (isinstance(edges, Tensor) and edges.is_floating_point()):
+            raise InputError(
+                "Circuit.of takes a sequence of edges (numbers, names) or a bool mask of all; for degrees of "
+                "belonging give Circuit(layout, layout.split(tensor))."
+            )
         flat = torch.zeros(layout.n_edges, dtype=torch.bool)
-        index = torch.tensor(numbers, dtype=torch.long)
-        if len(index) and (int(index.min()) < 0 or int(index.max()) >= layout.n_edges):
-            raise InputError(f"Edges are numbered 0 to {layout.n_edges - 1:,}; given {int(index.max())}.")
+        numbers = edges if isinstance(edges, Tensor) else [_number(layout, edge) for edge in edges]
+        index = torch.as_tensor(numbers, dtype=torch.long).cpu()
+        wrong = index[(index < 0) | (index >= layout.n_edges)]
+        if len(wrong):
+            raise InputError(f"Edges are numbered 0 to {layout.n_edges - 1:,}; given {int(wrong[0])}.")
         flat[index] = True
         return cls(layout, layout.split(flat))
 
@@ -76,6 +90,17 @@ class Circuit:
         return (self.layout.edge(int(i)) for i in self.indices())
 
 
+def _number(layout: EdgeLayout, edge: Any) -> int:
+    """Return the number of an edge, given by number, name or as an object."""
+    if isinstance(edge, Edge):
+        return layout.edge_index(edge.name)
+    if isinstance(edge, str):
+        return layout.edge_index(edge)
+    if isinstance(edge, bool) or not isinstance(edge, int):
+        raise InputError(f"Edges are given by number or name; given {edge!r}.")
+    return edge
+
+
 class PruneScores:
     """One score for every edge of a graph.
 
@@ -90,12 +115,15 @@ class PruneScores:
     def __init__(self, layout: EdgeLayout, scores: Mapping[str, Tensor]) -> None:
         layout.check(scores, "Scores")
         self.layout = layout
-        self.scores = {d.name: scores[d.name].detach().float().cpu() for d in layout.destinations}
+        # Copies, so that these scores stay as they are.
+        self.scores = {
+            d.name: scores[d.name].detach().to("cpu", torch.float32, copy=True) for d in layout.destinations
+        }
         for name, values in self.scores.items():
             if not bool(values.isfinite().all()):
                 raise InputError(
-                    f"Scores of edges into {name} are not finite: the model, an SAE or the objective gives "
-                    f"NaN or infinity on these prompts. Check its weights, and try float32."
+                    f"Scores of edges into {name} are not finite. Where attribution made them, weights or "
+                    f"the objective give NaN or infinity: check them, and try float32."
                 )
 
     def __len__(self) -> int:
@@ -103,9 +131,12 @@ class PruneScores:
 
     def __getitem__(self, edge: str | int) -> float:
         """Return the score of an edge, by name or by number."""
-        index = self.layout.edge_index(edge) if isinstance(edge, str) else edge
-        self.layout.edge(index)
-        return float(self.flat()[index])
+        destination, index = self.layout.place(_number(self.layout, edge))
+        return float(self.scores[destination.name].flatten()[index])
+
+    def __iter__(self) -> Iterator[Edge]:
+        """Yield every edge with its score, by number."""
+        return (self.layout.edge(i, self[i]) for i in range(len(self)))
 
     def flat(self) -> Tensor:
         """Every edge's score by number, `[n_edges]`."""
@@ -113,15 +144,17 @@ class PruneScores:
 
     # ---- choosing --------------------------------------------------------------------------------
 
-    def top_indices(self, k: int, *, signed: bool = False) -> Tensor:
+    def top_indices(self, k: int | float, *, signed: bool = False) -> Tensor:
         """Return the numbers of the `k` best edges, best first; ties go to the lower number.
 
         Args:
-            k: how many, up to all.
+            k: how many; more than all: all.
             signed: rank by score instead of absolute score.
         """
+        if k < 0 or int(k) != k:
+            raise InputError(f"The number of edges is a whole number from 0; given {k}.")
         values = self.flat() if signed else self.flat().abs()
-        k = min(max(int(k), 0), len(values))
+        k = min(int(k), len(values))
         if k == 0:
             return torch.zeros(0, dtype=torch.long)
         cut = values.kthvalue(len(values) - k + 1).values
@@ -134,7 +167,7 @@ class PruneScores:
         """Return the circuit of the `k` best edges; ties go to the lower number."""
         return Circuit.of(self.layout, self.top_indices(k, signed=signed))
 
-    def threshold(self, value: float, *, signed: bool = False) -> Circuit:
+    def threshold(self, value: float | int, *, signed: bool = False) -> Circuit:
         """Return the circuit of all edges whose (absolute) score is at least `value`."""
         kept = {name: (s if signed else s.abs()) >= value for name, s in self.scores.items()}
         return Circuit(self.layout, kept)
@@ -146,11 +179,16 @@ class PruneScores:
 
     # ---- arithmetic ------------------------------------------------------------------------------
 
-    def __add__(self, other: "PruneScores") -> "PruneScores":
+    def __add__(self, other: Any) -> "PruneScores":
+        if not isinstance(other, PruneScores):
+            return NotImplemented
         self._same(other)
         return PruneScores(self.layout, {n: s + other.scores[n] for n, s in self.scores.items()})
 
-    def __mul__(self, factor: float) -> "PruneScores":
+    def __radd__(self, other: Any) -> "PruneScores":
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # what sum() starts from
+
+    def __mul__(self, factor: float | int) -> "PruneScores":
         return PruneScores(self.layout, {n: s * factor for n, s in self.scores.items()})
 
     __rmul__ = __mul__
@@ -209,8 +247,9 @@ class PruneScores:
     def save(self, path: str | Path) -> None:
         """Write `path` (safetensors, one tensor for each destination) and beside it `.json`, the layout."""
         path = _checked(path)
-        write_tensors(path, dict(self.scores))
-        write_json(path.with_suffix(".json"), {"format": FORMAT, **self.layout.describe()})
+        layout = self.layout.describe()
+        write_tensors(path, dict(self.scores), {"layout": _digest(layout)})
+        write_json(path.with_suffix(".json"), {"format": FORMAT, **layout})
 
     @classmethod
     def load(cls, path: str | Path) -> "PruneScores":
@@ -222,7 +261,9 @@ class PruneScores:
         path = _checked(path)
         beside = path.with_suffix(".json")
         try:
-            tensors = load_file(path)
+            with safe_open(str(path), "pt") as file:
+                digest = (file.metadata() or {}).get("layout")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             content = json.loads(beside.read_text(encoding="utf-8"))
         except (OSError, SafetensorError, ValueError) as error:
             raise InputError(
@@ -230,13 +271,24 @@ class PruneScores:
             ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"{beside} does not describe edge scores ({FORMAT!r}).")
-        return cls(EdgeLayout.from_description(content), tensors)
+        layout = EdgeLayout.from_description(content)
+        if digest != _digest(layout.describe()):
+            raise InputError(
+                f"{path} and {beside.name} were not saved together, so its edges have no names. Restore the "
+                f"two files of one save."
+            )
+        return cls(layout, tensors)
 
 
 def _checked(path: str | Path) -> Path:
     if Path(path).suffix != ".safetensors":
         raise InputError(f"Edge scores are kept in NAME.safetensors and NAME.json; given {path}.")
     return Path(path)
+
+
+def _digest(description: Mapping[str, Any]) -> str:
+    text = json.dumps(description, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _mean_ranks(values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ number for each token; a head's query is `y W_Q + b_Q` (before q/k norms and rot
 writes `z W_O`. A post-norm (Gemma 2 and 3) scales what the component writes: `z W_O ⊙ w·r`, with its own
 run's `r`.
 
-Nothing here is taken on trust: `wiring(hooked)` runs a few tokens through the model and compares every
+Nothing here is taken on trust: `check_blocks` runs a few tokens through the model and compares every
 read and write with what these formulas say, so that an architecture that works otherwise is refused by
 name instead of being patched wrongly.
 """
@@ -217,7 +217,8 @@ def _norm(hooked: HookedModel, layer: int, name: str) -> Norm | None:
     probe = probe + probe.sign()
     probe = (probe - probe.mean(-1, keepdim=True)).to(parameter)
     bias = call(torch.zeros_like(probe[:1]))[0]
-    centred = bool((call(torch.ones_like(probe[:1]) * 3)[0] - bias).abs().max() < 1e-3)
+    flat = (call(torch.ones_like(probe[:1]) * 3)[0] - bias).abs().max()
+    centred = bool(flat <= 1e-3 * (call(probe) - bias).abs().max())
     std = probe.float().square().mean(-1, keepdim=True).sqrt()
     weights = ((call(probe) - bias).float() * std / probe.float()).double()
     weight = weights.mean(0).to(parameter)
@@ -281,9 +282,9 @@ def check_blocks(hooked: HookedModel, blocks: list[Block], run: Callable[[Tensor
         for block in blocks:
             for module in (block.stream, block.q.hook, block.k.hook, block.v.hook, block.attn.out):
                 watch(module)
-            if block.attn.inner is not None:
-                watch(block.attn.inner)
             for writer in (block.attn, block.mlp):
+                if writer is not None and writer.inner is not None:
+                    watch(writer.inner)
                 if writer is not None and writer.post.module is not None:
                     watch(writer.post.module, incoming=True)
             if block.mlp is not None and block.mlp_reader is not None:
@@ -302,9 +303,19 @@ def check_blocks(hooked: HookedModel, blocks: list[Block], run: Callable[[Tensor
 
 def _check_block(hooked: HookedModel, block: Block, seen: dict[nn.Module, Tensor], after: nn.Module) -> None:
     name = f"blocks.{block.layer}"
-    missing = [m for m in (block.stream, block.attn.out, after, block.attn.inner) if m not in seen]
+    inner = None if block.mlp is None else block.mlp.inner
+    needed = [block.stream, block.attn.out, after, block.attn.inner, inner]
+    missing = [m for m in needed if m is not None and m not in seen]
     if missing:
-        raise _unknown(hooked, f"{name}: {getattr(missing[0], 'name', 'a hook point')} never runs")
+        raise _unknown(
+            hooked,
+            f"{getattr(missing[0], 'name', name)} does not carry what is added to the stream (do its blocks "
+            f"scale it?)",
+        )
+    broken = [m for m in needed if m is not None and not bool(seen[m].isfinite().all())]
+    if broken:
+        where = getattr(broken[0], "name", name)
+        raise InputError(f"The model gives NaN or infinity at {where}. Check its weights, and try float32.")
     dtype, stream = seen[block.stream].dtype, seen[block.stream]
     y = block.attn_norm(stream)
     for part in (block.q, block.k, block.v):
@@ -317,11 +328,7 @@ def _check_block(hooked: HookedModel, block: Block, seen: dict[nn.Module, Tensor
                 hooked,
                 f"{name}: {getattr(part.hook, 'name', 'q, k, v')} does not read the norm of the stream",
             )
-    inner = seen[block.attn.inner].reshape(*y.shape[:2], -1) if block.attn.inner is not None else y
-    weight = block.attn.weight if block.attn.weight is not None else y
-    post = block.attn.post.module
-    scale = post_scale(block.attn, None if post is None else seen.get(post), seen[block.attn.out])
-    if not _close((inner @ weight) * scale + block.attn.constant, seen[block.attn.out], dtype):
+    if not _writes(block.attn, seen, dtype):
         raise _unknown(hooked, f"{name}.attn writes something else than the sum of its heads")
     middle = stream + seen[block.attn.out]
     written = seen[block.attn.out]
@@ -334,9 +341,24 @@ def _check_block(hooked: HookedModel, block: Block, seen: dict[nn.Module, Tensor
             raise _unknown(
                 hooked, f"{name}.mlp does not read the stream{'' if block.parallel else ' after attention'}"
             )
+        if not _writes(block.mlp, seen, dtype):
+            raise _unknown(hooked, f"{name}.mlp writes something else than the sum of its neurons")
         written = written + seen[block.mlp.out]
-    if not _close(seen[after] - stream, written, dtype):
+    error, size = (seen[after] - stream - written).float().norm(dim=-1), written.float().norm(dim=-1)
+    rounding = torch.finfo(dtype).eps * (stream.float().norm(dim=-1) + seen[after].float().norm(dim=-1))
+    if not bool((error <= close_enough(dtype) * size + rounding + 1e-6).all()):
         raise _unknown(hooked, f"{name} does not add what attention and MLP write to the stream as it is")
+
+
+def _writes(writer: Writer, seen: dict[nn.Module, Tensor], dtype: torch.dtype) -> bool:
+    """Whether a component writes what its inner activations and output projection say."""
+    if writer.inner is None or writer.weight is None:
+        return True
+    out, post = seen[writer.out], writer.post.module
+    inner = seen[writer.inner].reshape(*out.shape[:2], -1)
+    before = None if post is None else seen.get(post)
+    says = (inner @ writer.weight) * post_scale(writer, before, out) + writer.constant
+    return _close(says, out, dtype)
 
 
 def post_scale(writer: Writer, before: Tensor | None, out: Tensor) -> Tensor | float:

@@ -12,7 +12,7 @@ inside `ln2` and carries only the MLP branch, so `Site.branch_only` says that wh
 must be added again at the block's output.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,14 +120,14 @@ class HookedModel:
         """
         raise NotImplementedError
 
-    def holders(self, hook_point: nn.Module) -> list[tuple[nn.Module, str]]:
-        """Every (module, attribute) that holds `hook_point` as a submodule."""
-        return [
-            (module, attribute)
-            for module in self.model.modules()
-            for attribute, child in module._modules.items()
-            if child is hook_point
-        ]
+    def holders(self, hook_points: Iterable[nn.Module]) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+        """Every (module, attribute) that holds each of some hook points as a submodule."""
+        found: dict[nn.Module, list[tuple[nn.Module, str]]] = {hook_point: [] for hook_point in hook_points}
+        for module in self.model.modules():
+            for attribute, child in module._modules.items():
+                if child in found:
+                    found[child].append((module, attribute))
+        return found
 
     def sites(self) -> list[Site]:
         """Every site of the model, in the order in which they run."""

@@ -86,8 +86,10 @@ class Splice:
         try:
             self.hooked.prepare()
             self._undo.append(self.hooked.remember_caches())
+            holders = self.hooked.holders(site.hook_point for site, _ in self.placed)
+            self._undo.append(self._repair_aliases)
             for site, sae in self.placed:
-                self._place(site, sae)
+                self._place(site, sae, holders[site.hook_point])
             for site, sae in self.placed:
                 if site.branch_only:
                     self._correct_block(site, sae)
@@ -109,13 +111,12 @@ class Splice:
                 self.leave()
             self.active = False
 
-    def _place(self, site: Site, sae: SparseAutoencoder) -> None:
+    def _place(self, site: Site, sae: SparseAutoencoder, holders: list[tuple[nn.Module, str]]) -> None:
         if sae.spliced_at is not None:
             raise SpliceError(
                 f"The SAE for {site.name} is already spliced at {sae.spliced_at}; unsplice that "
                 f"first, or give a copy (copy.deepcopy)."
             )
-        holders = self.hooked.holders(site.hook_point)
         if not holders:
             raise SpliceError(
                 f"{site.name} is no submodule of the model any more; was its hook point replaced?"
@@ -136,7 +137,6 @@ class Splice:
         sae.error_nodes = self.error_nodes
         sae._modules["wrapped_hook"] = site.hook_point
         sae.n_calls = 0
-        self._undo.append(lambda: self._repair_aliases(sae, site))
         for parent, attribute in holders:
             self._swap(parent, attribute, sae)
         for name in SAE_HOOKS:
@@ -159,12 +159,13 @@ class Splice:
         if inner is not None:
             self._swap(block, "hook_out", BlockOutput(inner, sae))
 
-    def _repair_aliases(self, sae: SparseAutoencoder, site: Site) -> None:
-        """Point attributes that came to name the SAE (alias attributes) back at the hook point."""
+    def _repair_aliases(self) -> None:
+        """Point attributes that came to name an SAE (alias attributes) back at its hook point."""
+        hook_points = {id(sae): site.hook_point for site, sae in self.placed}
         for module in self.hooked.model.modules():
             for key, value in module.__dict__.items():
-                if value is sae:
-                    module.__dict__[key] = site.hook_point
+                if id(value) in hook_points:
+                    module.__dict__[key] = hook_points[id(value)]
 
     # ---- refusals and the check ------------------------------------------------------------------
 

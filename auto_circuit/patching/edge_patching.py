@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from auto_circuit.data.prompts import PromptBatch, PromptDataset
 from auto_circuit.errors import InputError, unknown_name
 from auto_circuit.graph.circuit_graph import CircuitGraph
-from auto_circuit.graph.edge_layout import END
+from auto_circuit.graph.edge_ends import END
 from auto_circuit.graph.prune_scores import Circuit, PruneScores
 from auto_circuit.model_utils.block_wiring import Block
 from auto_circuit.patching.ablations import Ablation, Ablator, AnyAblation, GraphRecorder

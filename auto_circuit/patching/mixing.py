@@ -20,12 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auto_circuit.graph.edge_layout import EdgeLayout, SourceGroup
+from auto_circuit.graph.edge_ends import SourceGroup
+from auto_circuit.graph.edge_layout import EdgeLayout
 from auto_circuit.patching.sources import Source, SourceValues, wide
 from auto_circuit.patching.stream_run import StreamRun
 
 #: Rows are mixed in chunks of about this many numbers.
 CHUNK = 2**25
+#: Rows times latents from which rows with few latents in common are worth a product each.
+ALONE = 2**13
 
 
 class Differences:
@@ -190,7 +193,7 @@ def _latents(differences: Differences, part: LatentPart, dtype: torch.dtype, n: 
     columns = differences.columns(part.group)
     weights, idx = part.weights.to(dtype), part.idx
     columns = columns if idx is None else columns.index_select(-1, idx)
-    if part.rows is None:
+    if part.rows is None and columns.shape[-1] > 256:
         changed = active(columns)
         if len(changed) < columns.shape[-1]:
             columns, weights = columns.index_select(-1, changed), weights.index_select(-1, changed)
@@ -251,7 +254,8 @@ def _latent_parts(group: str, weights: Tensor, learning: bool) -> list[LatentPar
     together = int(there.any(0).sum())
     if together == 0:
         return []
-    if int(by_row.sum()) * 4 >= together * int((by_row > 0).sum()):
+    all_rows = together * int((by_row > 0).sum())
+    if all_rows < ALONE or int(by_row.sum()) * 4 >= all_rows:
         idx = there.any(0).nonzero().flatten()
         return [LatentPart(group, None, idx, weights[..., idx])]
     parts: list[LatentPart] = []

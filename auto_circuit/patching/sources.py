@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from auto_circuit.graph.circuit_graph import CircuitGraph
-from auto_circuit.graph.edge_layout import START, SourceGroup
+from auto_circuit.graph.edge_ends import START, SourceGroup
 from auto_circuit.model_utils.block_wiring import Writer
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
 

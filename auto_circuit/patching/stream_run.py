@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_circuit.graph.circuit_graph import CircuitGraph
-from auto_circuit.graph.edge_layout import START
+from auto_circuit.graph.edge_ends import START
 from auto_circuit.model_utils.block_wiring import Block, Writer, post_scale
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
 from auto_circuit.patching.sources import Source, SourceValues, wide

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from auto_circuit.graph.circuit_graph import CircuitGraph
-from auto_circuit.graph.edge_layout import END, Destination
+from auto_circuit.graph.edge_ends import END, Destination
 from auto_circuit.model_utils.block_wiring import Block
 from auto_circuit.patching.mixing import Differences, active
 from auto_circuit.patching.sources import Source, wide

@@ -22,6 +22,7 @@ Sources: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG), Miller et al. 2024 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 from auto_circuit.data.prompts import PromptBatch, PromptDataset
 from auto_circuit.errors import InputError, unknown_name
 from auto_circuit.graph.circuit_graph import CircuitGraph
-from auto_circuit.graph.edge_layout import START
+from auto_circuit.graph.edge_ends import START
 from auto_circuit.graph.prune_scores import PruneScores
 from auto_circuit.metrics.objectives import Objective, logit_diff
 from auto_circuit.patching.ablations import Ablation, Ablator, AnyAblation, GraphRecorder
@@ -192,7 +193,7 @@ def edge_attribution(
             for batch in prompts.batches(batch_size, graph.device):
                 patch = SourceValues(ablator.patches(batch))
                 if method != "eap" or not graph.error_nodes:
-                    batch = batch.with_reference(graph.plain_logits(batch.clean))
+                    batch = batch.with_reference(partial(graph.plain_logits, batch.clean))
                 path = _Path(graph, recorder, batch, patch, points, mask_value)
                 for point in METHODS[method](path):
                     gradients = point.run.gradients(point.tokens, batch, objective)

@@ -109,7 +109,7 @@ class GradientRun(StreamRun):
         """
         with torch.enable_grad():
             logits = self(tokens)
-            if batch.reference_logits is None:
+            if batch.reference is None:
                 batch = batch.with_reference(logits.detach())
             value = evaluate(objective, logits, batch).sum()
             if not value.requires_grad:

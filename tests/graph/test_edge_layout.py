@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from auto_circuit.errors import InputError, UnknownNameError
-from auto_circuit.graph.edge_layout import Destination, EdgeLayout, SourceGroup, readers
+from auto_circuit.graph.edge_ends import Destination, SourceGroup, readers
+from auto_circuit.graph.edge_layout import EdgeLayout
 
 #: Published ids of the latents at each of three positions.
 IDS = torch.tensor([[7, 3, 9], [3, 8, 1], [9, 2, 7]])
@@ -287,3 +288,58 @@ def test_a_description_that_lacks_an_entry_is_refused(path: tuple[Any, ...]) -> 
 def test_a_description_with_entries_of_another_kind_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="no description of a graph"):
         EdgeLayout.from_description({**make_layout().describe(), **changed})
+
+
+def small_layout(ids: tuple[int, int] = (7, 3)) -> EdgeLayout:
+    groups = (
+        SourceGroup("start", "dense", 1, 0),
+        SourceGroup("s", "latents", 3, 1, "error", torch.tensor(ids)),
+    )
+    return EdgeLayout(groups, (Destination("m", None, 1, 0), Destination("end", None, 4, 2)), None)
+
+
+def damaged(which: str, i: int, **changed: Any) -> EdgeLayout:
+    content = json.loads(json.dumps(small_layout().describe()))
+    content[which][i] |= changed
+    return EdgeLayout.from_description(content)
+
+
+@pytest.mark.parametrize(
+    ("which", "i", "changed"),
+    [
+        ("groups", 0, {"n": "1"}),
+        ("groups", 0, {"kind": "foo"}),
+        ("groups", 1, {"latent_ids": [1]}),
+        ("groups", 1, {"latent_ids": [1.5, 2]}),
+        ("groups", 0, {"name": "s"}),
+        ("destinations", 1, {"n_sources": 99}),
+        ("destinations", 1, {"n_sources": -1}),
+        ("destinations", 1, {"name": "m"}),
+    ],
+)
+def test_damaged_descriptions_are_refused(which: str, i: int, changed: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        damaged(which, i, **changed)
+
+
+@pytest.mark.parametrize("seq_len", ["3", 0, -2, 1.5])
+def test_positions_that_are_no_number(seq_len: Any) -> None:
+    with pytest.raises(InputError):
+        EdgeLayout.from_description({**small_layout().describe(), "seq_len": seq_len})
+
+
+def test_at_without_a_position_is_refused() -> None:
+    with pytest.raises(InputError):
+        small_layout().edge_index("start->end@")
+
+
+@pytest.mark.parametrize("n", [4, 6])
+def test_split_refuses_another_size(n: int) -> None:
+    with pytest.raises(InputError):
+        small_layout().split(torch.zeros(n))
+
+
+def test_what_is_no_tensor_is_not_called_nothing() -> None:
+    with pytest.raises(InputError) as error:
+        small_layout().check({"m": [0.0], "end": [0.0] * 4}, "Scores")
+    assert "nothing" not in str(error.value)

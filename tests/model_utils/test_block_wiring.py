@@ -1,18 +1,22 @@
 """What is read of each family's blocks, against the modules themselves and against what the model runs."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, make_prompts
 from torch import Tensor, nn
 
+import auto_circuit as ac
 from auto_circuit.errors import InputError
 from auto_circuit.graph.circuit_graph import CircuitGraph
+from auto_circuit.graph.prune_scores import PruneScores
 from auto_circuit.model_utils.block_wiring import Block, check_blocks, read_blocks
 from auto_circuit.model_utils.hooked_model import hooked_model
+from auto_circuit.prune_algos.edge_attribution import edge_attribution
 
 CENTRED = {"gpt2", "neox", "native_attn_only"}
 GROUPED = {"llama", "gemma2", "qwen3"}
@@ -251,3 +255,48 @@ def test_hooks_are_taken_off_when_the_run_fails(shared_model: Any) -> None:
     with pytest.raises(RuntimeError, match="in the middle"):
         check_blocks(hooked_model(model), wiring(model), failing)
     assert n_hooks(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_stream_in_half_precision_is_not_refused(make_model: Any, dtype: torch.dtype) -> None:
+    model = make_model("llama", dtype)
+    with torch.no_grad():
+        model.embed.original_component.weight.mul_(300)
+    check(model)
+
+
+def test_an_rms_norm_with_small_weights_is_not_taken_to_centre(make_model: Any) -> None:
+    def of(factor: float) -> PruneScores:
+        model = make_model("llama")
+        block = model.blocks[1]
+        with torch.no_grad():
+            block.ln1.original_component.weight.mul_(factor)
+            for part in "qkv":
+                getattr(block.attn, part).original_component.weight.div_(factor)
+        return edge_attribution(CircuitGraph(model), make_prompts(), progress=False)
+
+    torch.testing.assert_close(of(1e-4).flat(), of(1.0).flat(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "path"), [("gemma2", "mlp"), ("llama", "mlp.out.original_component")])
+def test_an_mlp_that_does_not_write_what_its_neurons_say_is_refused(
+    make_model: Any, family: str, path: str
+) -> None:
+    model = make_model(family)
+    model.blocks[1].get_submodule(path).register_forward_hook(lambda m, a, out: 2 * out)
+    with pytest.raises(InputError, match="blocks.1.mlp"):
+        CircuitGraph(ac.sae_model(model, ac.neuron_saes(model, [1])))
+
+
+def test_nan_weights_are_called_so(make_model: Any) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.blocks[1].attn.o.original_component.weight.mul_(math.nan)
+    with pytest.raises(InputError, match="finite|NaN"):
+        check(model)
+
+
+def test_granite_is_refused_for_its_reason(make_model: Any) -> None:
+    with pytest.raises(InputError) as error:
+        CircuitGraph(make_model("granite"))
+    assert "never runs" not in str(error.value)

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,15 @@ from auto_circuit.prune_algos.edge_attribution import METHODS, edge_attribution
 from auto_circuit.prune_algos.memory import GIB, USUAL_BATCH, Need, chosen_batch_size
 
 #: 2 GiB, and half a GiB more for each prompt: 18 GiB for 32 prompts, 2.5 for one.
-NEED = Need(fixed=2 * GIB, per_prompt=GIB // 2, limit=100 * GIB, seq_len=9, n_edges=1234567)
+NEED = Need(
+    fixed=2 * GIB,
+    per_prompt=GIB // 2,
+    limit=100 * GIB,
+    with_latents=True,
+    per_position=True,
+    seq_len=9,
+    n_edges=1234567,
+)
 
 
 def with_limit(gib: float) -> Need:
@@ -106,23 +115,19 @@ def test_the_batch_asked_for_is_taken_where_it_fits(gib: float, asked: int) -> N
 @pytest.mark.parametrize(
     ("gib", "asked", "numbers", "option"),
     [
-        (2.4, None, r"1 prompts? of 9 tokens needs about 2.5 GiB \(2.0 .* 0.5 .*\); 2.4", "shorter prompts"),
-        (0.5, 1, r"1 prompts? of 9 tokens needs about 2.5 GiB \(2.0 .* 0.5 .*\); 0.5", "shorter prompts"),
-        (
-            5.4,
-            7,
-            r"7 prompts of 9 tokens needs about 5.5 GiB \(2.0 .* 3.5 .*\); 5.4",
-            "batch_size smaller than 7",
-        ),
+        (2.4, None, r"1 prompt of 9 tokens needs about 2.5 GiB \(2 .* 0.5 .*\); 2.4", "shorter prompts"),
+        (0.5, 8, r"8 prompts of 9 tokens needs about 6 GiB \(2 .* 4 .*\); 0.5", "memory_limit"),
+        (5.4, 7, r"7 prompts of 9 tokens needs about 5.5 GiB \(2 .* 3.5 .*\); 5.4", "smaller than 7"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_numbers_and_options(
     gib: float, asked: int | None, numbers: str, option: str
 ) -> None:
-    with pytest.raises(InputError, match=f"1,234,567 edges on {numbers} may be used") as error:
+    with pytest.raises(InputError, match=f"1,234,567 edges on {numbers} GiB may be used") as error:
         chosen_batch_size(with_limit(gib), asked)
     for way_out in (option, "prune_latents(", "per_position", "memory_limit (GiB)"):
         assert way_out in str(error.value)
+    assert ("batch_size smaller" in str(error.value)) == (gib > 2 and asked is not None)
 
 
 @pytest.mark.parametrize("asked", [0, -3])
@@ -163,3 +168,17 @@ def test_attribution_in_the_small_batches_that_fit_gives_the_same_scores(
         assert set(sizes) == seen
         torch.testing.assert_close(scores.flat(), whole.flat(), rtol=1e-4, atol=1e-7)
     assert whole.flat().abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("limit", [math.inf, math.nan])
+def test_infinity_is_no_limit_and_nan_is_refused(shared_model: Any, limit: float) -> None:
+    graph = CircuitGraph(shared_model("gpt2"))
+    if math.isnan(limit):
+        with pytest.raises(InputError, match="positive"):
+            Need.of(graph, 7, limit=limit)
+    else:
+        assert chosen_batch_size(Need.of(graph, 7, limit=limit), None) == 32
+
+
+def test_a_small_graph_runs_in_little_memory(shared_model: Any) -> None:
+    edge_attribution(CircuitGraph(shared_model("gpt2")), make_prompts(), memory_limit=0.1, progress=False)
