@@ -17,6 +17,7 @@
     `passes`       two forward passes and one backward pass of the plain model, which attribution needs
     `eap`          edge attribution patching without error nodes: exactly the peer's work
     `eap_error`    the same with error nodes (our default)
+    `passes_many`, `eap_many`: `passes` and `eap_error` on 64 prompt pairs
     `circuit`      one circuit of 1,000 edges, tree patching, resampling
     `half`         one circuit of half of the edges
 
@@ -133,17 +134,18 @@ def prune() -> dict[str, Case]:
 
 def graph() -> dict[str, Case]:
     """Make the cases of scoring edges and running circuits."""
-    prompts = _pairs(graph_prompts())
-    model = _model().requires_grad_(False)
+    pairs = _pairs(graph_prompts())
 
     def graph_of(error_nodes: bool) -> CircuitGraph:
         saes = _saes()
         for layer, sae in enumerate(saes.values()):
             sae.prune_latents(kept_latents(layer))
-        return CircuitGraph(sae_model(model, saes, error_nodes=error_nodes))
+        spliced = sae_model(_model().requires_grad_(False), saes, error_nodes=error_nodes)
+        return CircuitGraph(spliced.splice())  # untimed, as the peer's wrapping is
 
-    def passes() -> Callable[[], None]:
-        batch = next(prompts.batches())
+    def passes(prompts: PromptDataset = pairs) -> Callable[[], None]:
+        batch = next(prompts.batches(len(prompts)))
+        model = _model().requires_grad_(False)
 
         def run() -> None:
             model(batch.corrupt)
@@ -160,12 +162,12 @@ def graph() -> dict[str, Case]:
 
         return run
 
-    def eap(error_nodes: bool) -> Case:
+    def eap(error_nodes: bool, prompts: PromptDataset = pairs) -> Case:
         def prepare() -> Callable[[], list[float]]:
             graph = graph_of(error_nodes)
 
             def run() -> list[float]:
-                scores = edge_attribution(graph, prompts, progress=False).scores
+                scores = edge_attribution(graph, prompts, batch_size=len(prompts), progress=False).scores
                 return [float(scores[_ours(name)].sum()) for name in sorted(destinations())]
 
             return run
@@ -177,12 +179,17 @@ def graph() -> dict[str, Case]:
             graph = graph_of(error_nodes=False)
             scores = PruneScores(graph.layout, {_ours(name): edge_scores(name) for name in destinations()})
             chosen = scores.top(n_edges or graph.n_edges // 2)
-            return lambda: some_of(run_circuits(graph, prompts, [chosen], progress=False)[0])
+            return lambda: some_of(run_circuits(graph, pairs, [chosen], progress=False)[0])
 
         return prepare
 
+    many = _pairs(
+        {side: tokens.repeat(8, *[1] * (tokens.ndim - 1)) for side, tokens in graph_prompts().items()}
+    )
     return {
         "passes": passes,
+        "passes_many": lambda: passes(many),
+        "eap_many": eap(error_nodes=True, prompts=many),
         "eap": eap(error_nodes=False),
         "eap_error": eap(error_nodes=True),
         "circuit": circuit(GRAPH["n_edges"]),

@@ -170,6 +170,7 @@ class Mix:
         if bool(self.start.any()):
             other = differences.patch.stream(stage).to(own.dtype).expand_as(own)
             out = torch.where(self.start[:, None, :, None] > 0, other, out)
+        out = out.clone(memory_format=torch.contiguous_format)
         used = (self.few.detach() != 0).flatten(0, 1).any(0)
         if bool(used.any()) or self.few.requires_grad:
             written, weights = differences.few(self.groups, own), self.few.to(own.dtype)
@@ -177,21 +178,21 @@ class Mix:
                 idx = used.nonzero().flatten()
                 written, weights = written.index_select(0, idx), weights.index_select(-1, idx)
             if weights.shape[1] == 1:
-                out = out + (weights[:, 0] @ written.flatten(1)).unflatten(1, own.shape)
+                out.flatten(1).addmm_(weights[:, 0], written.flatten(1))
             else:
-                out = out + torch.einsum("upc,cbpd->ubpd", weights, written)
+                out += torch.einsum("upc,cbpd->ubpd", weights, written)
         for part in self.latents:
-            change = _latents(differences, part, own.dtype, n)
-            out = out + change if part.rows is None else out.index_add(0, part.rows, change)
+            _add_latents(out, differences, part)
         for group, weights in self.remainders:
-            out = out + weights[:, None, :, None] * differences.remainder(group)
+            out += weights[:, None, :, None] * differences.remainder(group)
         return out.to(x.dtype)
 
 
-def _latents(differences: Differences, part: LatentPart, dtype: torch.dtype, n: int) -> Tensor:
+def _add_latents(out: Tensor, differences: Differences, part: LatentPart) -> None:
+    """Add `(w ⊙ Δc) @ D` to the rows of `out [distinct, batch, seq, d_model]`, in place."""
     source = differences.sources[part.group]
     columns = differences.columns(part.group)
-    weights, idx = part.weights.to(dtype), part.idx
+    weights, idx = part.weights.to(out.dtype), part.idx
     columns = columns if idx is None else columns.index_select(-1, idx)
     if part.rows is None and columns.shape[-1] > 256:
         changed = active(columns)
@@ -199,10 +200,17 @@ def _latents(differences: Differences, part: LatentPart, dtype: torch.dtype, n: 
             columns, weights = columns.index_select(-1, changed), weights.index_select(-1, changed)
             idx = changed if idx is None else idx[changed]
     directions = source.picked(idx)
-    n = n if part.rows is None else len(part.rows)
-    rows = max(1, CHUNK // max(1, columns.numel()))
-    pieces = [source.write(weights[i : i + rows, None] * columns, directions) for i in range(0, n, rows)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    at_once = max(1, CHUNK // max(1, columns.numel()))
+    for start in range(0, len(weights), at_once):
+        weighted = weights[start : start + at_once, None] * columns
+        weighted = weighted.expand(-1, *out.shape[1:3], -1)
+        if part.rows is not None:
+            out.index_add_(0, part.rows, source.write(weighted, directions))
+        elif directions.ndim == 2:
+            rows = out[start : start + at_once]
+            rows.view(-1, rows.shape[-1]).addmm_(weighted.reshape(-1, weighted.shape[-1]), directions)
+        else:
+            out[start : start + at_once] += source.write(weighted, directions)
 
 
 def plan(masks: Tensor, groups: Sequence[SourceGroup]) -> Mix:
