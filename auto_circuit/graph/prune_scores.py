@@ -106,18 +106,18 @@ class PruneScores:
 
     Args:
         layout: which edges there are.
-        scores: destination → `[(seq,) (heads,) n_sources]`.
+        scores: destination → `[(seq,) (heads,) n_sources]`; copied, so that these scores stay as they are.
+        copy: False: keep these very tensors where they are float32 on the CPU.
 
     Raises:
         InputError: for tensors that do not fit the layout, or scores that are not finite.
     """
 
-    def __init__(self, layout: EdgeLayout, scores: Mapping[str, Tensor]) -> None:
+    def __init__(self, layout: EdgeLayout, scores: Mapping[str, Tensor], *, copy: bool = True) -> None:
         layout.check(scores, "Scores")
         self.layout = layout
-        # Copies, so that these scores stay as they are.
         self.scores = {
-            d.name: scores[d.name].detach().to("cpu", torch.float32, copy=True) for d in layout.destinations
+            d.name: scores[d.name].detach().to("cpu", torch.float32, copy=copy) for d in layout.destinations
         }
         for name, values in self.scores.items():
             if not bool(values.isfinite().all()):
@@ -153,11 +153,15 @@ class PruneScores:
         """
         if k < 0 or int(k) != k:
             raise InputError(f"The number of edges is a whole number from 0; given {k}.")
-        values = self.flat() if signed else self.flat().abs()
+        values = self.flat() if signed else self.flat().abs_()
         k = min(int(k), len(values))
         if k == 0:
             return torch.zeros(0, dtype=torch.long)
-        cut = values.kthvalue(len(values) - k + 1).values
+        if k * 20 < len(values):  # the k-th value, piece by piece: topk of everything takes gigabytes
+            pieces = [piece.topk(min(k, len(piece))).values for piece in values.split(max(k, 2**22))]
+            cut = torch.cat(pieces).topk(k).values[-1]
+        else:
+            cut = values.kthvalue(len(values) - k + 1).values
         above = (values > cut).nonzero().flatten()
         ties = (values == cut).nonzero().flatten()[: k - len(above)]
         chosen = torch.cat([above, ties]).sort().values

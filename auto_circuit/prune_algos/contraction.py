@@ -186,12 +186,12 @@ class EdgeSums:
         r = norm.scale(x, norm(x.to(parameter.dtype)).to(x.dtype))
         stream = norm.centre(x)
         weight = norm.weight.to(g.dtype)[:, None] * weight
-        along = torch.einsum("td,rdw->trw", stream, weight)
-        kappa = (g * along).sum(-1) * (r**3 / x.shape[-1])
         weight = weight - weight.mean(1, keepdim=True) if norm.centred else weight
         scaled = g * r[..., None]
-        full = torch.einsum("trw,rdw->rtd", scaled, weight) - kappa.T[..., None] * stream
-        return _Reader(place, full, scaled, weight, kappa, stream)
+        full = scaled.transpose(0, 1) @ weight.mT
+        kappa = torch.einsum("rtd,td->rt", full, stream) * (r.T**2 / x.shape[-1])
+        full -= kappa[..., None] * stream
+        return _Reader(place, full, scaled, weight, kappa.T, stream)
 
     # ---- heads, MLPs, errors, the start ------------------------------------------------------------
 

@@ -204,7 +204,9 @@ def edge_attribution(
                 bar.update(len(batch))
         sums.flush()
     refuse_vanished(objective, largest, method)
-    return PruneScores(graph.layout, {name: s / len(prompts) for name, s in sums.sums.items()})
+    for scores in sums.sums.values():
+        scores /= len(prompts)
+    return PruneScores(graph.layout, sums.sums, copy=False)
 
 
 def path_points(steps: int, rule: str) -> list[tuple[float, float]]:
