@@ -13,9 +13,7 @@ differ in where the gradient is taken:
 | `ig-inputs` | mean over stream starts between patch and clean | steps |
 | `ig-activations` | of a component's edges: mean over its outputs from patch to clean | steps × components |
 
-and one forward pass for the ablation. Points of a path lie by `ig_rule`: `midpoint` at (k + ½)/steps, `left`
-at k/steps for k = 0 … steps − 1 (EAP-IG's own), both averaged; `sum` at k/steps for k = 0 … steps, added up
-(AutoCircuit's integrated gradients: steps + 1 terms, not divided).
+and one forward pass for the ablation. Where the points of a path lie is said by `ig_rule` (paths.py).
 
 Sources: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG), Miller et al. 2024 (mask gradients).
 """
@@ -40,12 +38,8 @@ from auto_circuit.patching.mixing import Differences
 from auto_circuit.patching.sources import SourceValues
 from auto_circuit.prune_algos.contraction import EdgeSums
 from auto_circuit.prune_algos.memory import Need, chosen_batch_size
+from auto_circuit.prune_algos.paths import path_points, refuse_vanished
 from auto_circuit.prune_algos.reader_gradients import GradientRun
-
-#: An objective whose gradient at the logits is nowhere larger than this (sum over the vocabulary) vanishes.
-VANISHED = 1e-6
-
-IG_RULES = ("midpoint", "left", "sum")
 
 
 @dataclass(frozen=True)
@@ -207,35 +201,3 @@ def edge_attribution(
     for scores in sums.sums.values():
         scores /= len(prompts)
     return PruneScores(graph.layout, sums.sums, copy=False)
-
-
-def path_points(steps: int, rule: str) -> list[tuple[float, float]]:
-    """Return the points of a path and their weights (rules: the module's docstring).
-
-    Raises:
-        InputError: for fewer than one step; UnknownNameError: for an unknown rule.
-    """
-    if rule not in IG_RULES:
-        raise unknown_name("ig_rule", rule, IG_RULES)
-    if int(steps) != steps or steps < 1:
-        raise InputError(f"steps must be a whole number of at least 1; given {steps}.")
-    if rule == "sum":
-        return [(k / steps, 1.0) for k in range(steps + 1)]
-    shift = 0.5 if rule == "midpoint" else 0.0
-    return [((k + shift) / steps, 1 / steps) for k in range(steps)]
-
-
-def refuse_vanished(objective: Objective, largest: float, method: str) -> None:
-    """Refuse an objective whose gradient at the logits was nowhere larger than rounding.
-
-    Raises:
-        InputError: naming the methods that do not take it at the clean run.
-    """
-    if largest > VANISHED:
-        return
-    name = getattr(objective, "__name__", "this objective")
-    raise InputError(
-        f"The gradient of {name} vanishes where {method} takes it, so every score would be rounding error "
-        f"(the KL divergence to the clean run has its minimum there). Use method 'mask-ig', 'ig-inputs' or "
-        f"'clean-corrupt' (for nodes: ig_steps), or 'mask' at a mask_value above 0."
-    )

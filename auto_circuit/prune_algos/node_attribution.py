@@ -4,7 +4,7 @@ For a node with value `v` in the clean run and `v′` when ablated, the score is
 
     attribution:           (v − v′)·∂m/∂v                      at the clean run
     integrated gradients:  (v − v′)·mean over α of ∂m/∂v       one site at a time, all of its nodes at
-                                                               v′ + α(v − v′), α = (k + ½)/steps
+                                                               v′ + α(v − v′), α by `ig_rule` (paths.py)
 
 mean over prompts; positive means that the node helps. With `g` the gradient at the site's output, a
 latent's derivative is `⟨g, Dᵢ⟩` and the error's is `g`, so no gradient runs through an encoder or a
@@ -19,7 +19,9 @@ Sources: Nanda 2023 (attribution patching), Marks et al. 2024 (sparse feature ci
 Sundararajan et al. 2017 (integrated gradients).
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,6 +42,8 @@ from auto_circuit.patching.ablations import (
     site_patches,
 )
 from auto_circuit.patching.node_patching import last_logits, plain_logits, run_nodes
+from auto_circuit.prune_algos.paths import path_points, refuse_vanished
+from auto_circuit.prune_algos.reader_gradients import gradients_of, own_view
 
 
 def node_attribution(
@@ -50,6 +54,7 @@ def node_attribution(
     ablation: str | Ablation = Ablation.RESAMPLE,
     per_position: bool = False,
     ig_steps: int | None = None,
+    ig_rule: str = "midpoint",
     batch_size: int = 32,
     progress: bool = True,
 ) -> NodeScores:
@@ -64,16 +69,17 @@ def node_attribution(
         per_position: a score for each node at each token position; prompts of one length only. SAEs
             pruned per position need it.
         ig_steps: number of points for integrated gradients; None: plain attribution.
+        ig_rule: where the points lie.
         batch_size: prompts in a pass.
         progress: show a bar.
 
     Raises:
         InputError: for prompts of several lengths per position, fewer than one step, an objective that is
-            not one number for each prompt, or scores that are not finite.
-        UnknownNameError: for an unknown ablation.
+            not one number for each prompt or whose gradient vanishes at the clean run (plain attribution),
+            or scores that are not finite.
+        UnknownNameError: for an unknown ablation or rule.
     """
-    if ig_steps is not None and ig_steps < 1:
-        raise InputError(f"ig_steps must be at least 1, or None for plain attribution; given {ig_steps}.")
+    points = path_points(1 if ig_steps is None else ig_steps, ig_rule)
     if any(sae.seq_len is not None for sae in spliced.saes.values()) and not per_position:
         raise InputError("SAEs pruned per position have other latents at each: set per_position=True.")
     if per_position and len(set(prompts.lengths)) > 1:
@@ -81,7 +87,7 @@ def node_attribution(
             f"per_position needs prompts of one length; these have {sorted(set(prompts.lengths))} tokens. "
             f"Choose prompts of one length, for example with prompts.subset."
         )
-    rounds = 1 if ig_steps is None else ig_steps * len(spliced.saes)
+    rounds = 1 if ig_steps is None else len(points) * len(spliced.saes)
     with (
         torch.inference_mode(False),
         spliced.spliced(),
@@ -92,19 +98,24 @@ def node_attribution(
             for name, sae in spliced.saes.items()
         }
         ablator = Ablator(SiteRecorder(spliced), prompts, ablation, batch_size)
+        largest = 0.0
         for batch in prompts.batches(batch_size, spliced.device):
             patches = site_patches(ablator.patches(batch))
             if ig_steps is None:
-                for name, (x, gradient) in _gradients(spliced, batch, objective).items():
+                found, size = _gradients(spliced, batch, objective)
+                largest = max(largest, size)
+                for name, (x, gradient) in found.items():
                     totals[name].add(x, gradient, patches[name])
                 bar.update(len(batch))
                 continue
             inputs = site_inputs(spliced, batch.clean)
-            batch = batch.with_reference(plain_logits(spliced, batch))
+            batch = batch.with_reference(partial(plain_logits, spliced, batch))
             for name in spliced.saes:
-                gradient = _path_gradient(spliced, batch, objective, name, patches[name], ig_steps)
+                gradient = _path_gradient(spliced, batch, objective, name, patches[name], points)
                 totals[name].add(inputs[name], gradient, patches[name])
-                bar.update(len(batch) * ig_steps)
+                bar.update(len(batch) * len(points))
+    if ig_steps is None and not math.isnan(largest):
+        refuse_vanished(objective, largest, "plain attribution")
     scores = NodeScores({name: total.scores() for name, total in totals.items()})
     for name, site in scores.sites.items():
         if not (site.latents.isfinite().all() and (site.error is None or site.error.isfinite().all())):
@@ -201,32 +212,28 @@ def _all_but(node: Node, spliced: AutoencoderTransformer, seq_len: int) -> SiteM
 
 def _gradients(
     spliced: AutoencoderTransformer, batch: PromptBatch, objective: Objective
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return every site's input and the gradient at its output, from one clean pass."""
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """Return every site's input and the gradient at its output, from one clean pass.
+
+    The number beside them is the largest gradient at the logits, summed over the vocabulary.
+    """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def tap(name: str, sae: SparseAutoencoder):
-        def edit(x: Tensor, out: Tensor) -> Tensor:
-            inputs[name] = x.detach().to(sae.bias.dtype)
-            # A tensor of its own, so that its gradient is of this site's output and nothing else.
-            own = out.view_as(out) if out.requires_grad else out.detach().requires_grad_()
-            outputs[name] = own
-            return own
-
-        return edit
+    def tap(name: str, x: Tensor, out: Tensor) -> Tensor:
+        inputs[name] = x.detach().to(spliced.saes[name].bias.dtype)
+        outputs[name] = own_view(out)
+        return outputs[name]
 
     with torch.enable_grad():
-        edits = {name: tap(name, sae) for name, sae in spliced.saes.items()}
-        logits = last_logits(spliced, batch.clean, edits)
+        logits = last_logits(spliced, batch.clean, {name: partial(tap, name) for name in spliced.saes})
         # With error nodes and nothing patched these logits are the plain model's.
-        reference = logits.detach() if spliced.error_nodes else plain_logits(spliced, batch)
-        value = evaluate(objective, logits, batch.with_reference(reference)).sum()
-        gradients = torch.autograd.grad(value, list(outputs.values()))
-    return {
-        name: (inputs[name], gradient.to(inputs[name].dtype))
-        for name, gradient in zip(outputs, gradients, strict=True)
-    }
+        reference = logits.detach() if spliced.error_nodes else partial(plain_logits, spliced, batch)
+        batch = batch.with_reference(reference)
+        *gradients, at_logits = gradients_of(objective, logits, batch, list(outputs.values()))
+    largest = float(at_logits.abs().sum(-1).max())
+    by_site = zip(outputs, gradients, strict=True)
+    return {name: (inputs[name], g.to(inputs[name].dtype)) for name, g in by_site}, largest
 
 
 def _path_gradient(
@@ -235,34 +242,30 @@ def _path_gradient(
     objective: Objective,
     name: str,
     patch: SitePatch,
-    steps: int,
+    points: Sequence[tuple[float, float]],
 ) -> Tensor:
-    """Return the mean gradient at one site's output while all its nodes go from patch to clean."""
+    """Return the gradient at one site's output, averaged while all its nodes go from patch to clean."""
     sae = spliced.saes[name]
-    total: Tensor | None = None
-    for k in range(steps):
-        alpha = (k + 0.5) / steps
-        leaf: list[Tensor] = []
+    gradients: list[Tensor] = []
+    leaf: list[Tensor] = []
 
-        def edit(x: Tensor, out: Tensor, alpha: float = alpha, leaf: list[Tensor] = leaf) -> Tensor:
-            with torch.no_grad():
-                if sae.error_nodes:
-                    start = patch.x.to(out.dtype)
-                else:
-                    now = sae.coefficients(x.to(sae.bias.dtype))
-                    start = out + sae.write(patch.coefficients - now).to(out.dtype)
-                point = start + alpha * (out - start)
-            leaf.append(point.detach().requires_grad_())
-            return leaf[0]
+    def edit(alpha: float, x: Tensor, out: Tensor) -> Tensor:
+        with torch.no_grad():
+            if sae.error_nodes:
+                start = patch.x.to(out.dtype)
+            else:
+                now = sae.coefficients(x.to(sae.bias.dtype))
+                start = out + sae.write(patch.coefficients - now).to(out.dtype)
+            point = start + alpha * (out - start)
+        leaf[:] = [point.detach().requires_grad_()]
+        return leaf[0]
 
+    for alpha, weight in points:
         with torch.enable_grad():
-            logits = last_logits(spliced, batch.clean, {name: edit})
-            gradient = torch.autograd.grad(evaluate(objective, logits, batch).sum(), leaf)[0]
-        gradient = gradient.to(sae.bias.dtype)
-        total = gradient if total is None else total + gradient
-    if total is None:
-        raise InputError("ig_steps must be at least 1.")
-    return total / steps
+            logits = last_logits(spliced, batch.clean, {name: partial(edit, alpha)})
+            gradient = gradients_of(objective, logits, batch, leaf)[0]
+        gradients.append(weight * gradient.to(sae.bias.dtype))
+    return torch.stack(gradients).sum(0)
 
 
 class _Total:

@@ -9,7 +9,7 @@ keeps its gradient at the queries, keys or values, `[batch, seq, heads, d_head]`
 Only named tensors are differentiated (`torch.autograd.grad`): the parameters' `.grad` stays as it was.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,18 +88,18 @@ class GradientRun(StreamRun):
             heads = torch.arange(len(projection.weight), device=projected.device)
             y = self._normed[layer]
             projected = projection(y.expand(len(heads), *y.shape), heads).reshape(projected.shape)
-        own = _own(projected)
+        own = own_view(projected)
         self._leaves[layer, part] = own
         return own
 
     def read_mlp(self, block: Block, stage: int, x: Tensor) -> Tensor:
         """Give the MLP a view of its own of what it reads."""
-        own = self._streams[f"blocks.{block.layer}.mlp.in"] = _own(self._mixed(stage, x))
+        own = self._streams[f"blocks.{block.layer}.mlp.in"] = own_view(self._mixed(stage, x))
         return own
 
     def read_end(self, stage: int, x: Tensor) -> Tensor:
         """Give the final norm a view of its own of what it reads."""
-        own = self._streams["end"] = _own(self._mixed(stage, x))
+        own = self._streams["end"] = own_view(self._mixed(stage, x))
         return own
 
     def gradients(self, tokens: Tensor, batch: PromptBatch, objective: Objective) -> ReaderGradients:
@@ -111,12 +111,8 @@ class GradientRun(StreamRun):
             logits = self(tokens)
             if batch.reference is None:
                 batch = batch.with_reference(logits.detach())
-            value = evaluate(objective, logits, batch).sum()
-            if not value.requires_grad:
-                raise InputError("The objective does not depend on the logits, or cuts their gradient off.")
-            leaves = [*self._leaves.values(), *self._streams.values(), logits]
-            gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-        found = iter(gradients)
+            leaves = [*self._leaves.values(), *self._streams.values()]
+            found = iter(gradients_of(objective, logits, batch, leaves))
         attention: dict[int, dict[str, Tensor]] = {}
         for layer, part in self._leaves:
             attention.setdefault(layer, {})[part] = next(found)
@@ -124,6 +120,30 @@ class GradientRun(StreamRun):
         return ReaderGradients(attention, self._attention_inputs, streams, next(found))
 
 
-def _own(x: Tensor) -> Tensor:
+def gradients_of(
+    objective: Objective, logits: Tensor, batch: PromptBatch, leaves: Sequence[Tensor]
+) -> list[Tensor]:
+    """Differentiate the objective, summed over the batch, and nothing else (no parameter's `.grad` changes).
+
+    Args:
+        objective: `(logits, batch) -> [batch]`.
+        logits: at the last position, `[batch, vocab]`, in the autograd graph.
+        batch: prompts.
+        leaves: what to differentiate with respect to.
+
+    Returns:
+        The gradient at each leaf (zero where it does not matter), and last that at the logits.
+
+    Raises:
+        InputError: for an objective that does not depend on the logits.
+    """
+    value = evaluate(objective, logits, batch).sum()
+    if not value.requires_grad:
+        raise InputError("The objective does not depend on the logits, or cuts their gradient off.")
+    wanted = [*leaves, logits]
+    return list(torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True))
+
+
+def own_view(x: Tensor) -> Tensor:
     """Return a view whose gradient is this reader's alone."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()

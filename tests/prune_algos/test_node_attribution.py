@@ -235,7 +235,7 @@ def test_objectives_can_compare_with_the_plain_model(
     def distance(logits: Tensor, batch: Any) -> Tensor:
         with torch.no_grad():
             seen.append(torch.equal(batch.reference_logits, plain[tuple(batch.idxs.tolist())]))
-        return -(logits - batch.reference_logits).abs().sum(-1)
+        return -(logits - batch.reference_logits + 1).abs().sum(-1)
 
     plain = {tuple(b.idxs.tolist()): model(b.clean)[:, -1] for b in prompts.batches()}
     spliced = ac.sae_model(model, make_saes(), error_nodes=error_nodes)
@@ -306,3 +306,15 @@ def test_wrong_input(shared_model: Any, prompts: Any) -> None:
     with pytest.raises(UnknownNameError, match=r"blocks.0.hook_mlp_out"):
         ac.exact_node_effects(spliced, prompts, nodes, progress=False)
     assert not spliced.is_spliced
+
+
+def test_an_objective_that_vanishes_at_the_clean_run_needs_a_path(shared_model: Any, prompts: Any) -> None:
+    spliced = ac.sae_model(shared_model("gpt2"), make_saes())
+
+    def kl(logits: Tensor, batch: Any) -> Tensor:
+        p, q = batch.reference_logits.log_softmax(-1), logits.log_softmax(-1)
+        return -(p.exp() * (p - q)).sum(-1)
+
+    with pytest.raises(InputError, match="kl vanishes.*ig_steps"):
+        ac.node_attribution(spliced, prompts, kl, progress=False)
+    assert ac.node_attribution(spliced, prompts, kl, ig_steps=2, progress=False).flat().any()
