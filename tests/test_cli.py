@@ -11,7 +11,7 @@ import torch
 from conftest import build_model, make_prompts
 from transformer_lens.hook_points import HookPoint
 
-from auto_circuit import NodeScores, SparseAutoencoder, load_saes, read_prompts, save_saes
+from auto_circuit import NodeScores, PruneScores, SparseAutoencoder, load_saes, read_prompts, save_saes
 from auto_circuit.cli import main
 
 RUN = ["config.json", "prompts.json", "scores.safetensors", "circuit.json", "metrics.json", "report.html"]
@@ -186,3 +186,67 @@ def test_an_interrupted_run_keeps_what_it_had(
     ]  # nothing of the old run
     assert "not measured" in (out / "report.html").read_text()
     assert len(load_saes(given["saes"])) == 2
+
+
+def test_find_edges_writes_scores_that_are_read_without_the_model(
+    given: dict[str, str], tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "edges"
+    assert main([*find(given), "--level", "edge", "--out", str(out), "--top", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "Left out: blocks.2.hook_resid_post" in said and "edges kept" in said
+    assert sorted(path.name for path in out.iterdir()) == sorted([*RUN, "scores.json"])
+    scores = PruneScores.load(out / "scores.safetensors")
+    circuit = json.loads((out / "circuit.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text())["faithfulness_curve"]
+    assert metrics["unit"] == "edges" and metrics["sizes"][-1] == len(scores)
+    assert circuit["size"] == len(circuit["edges"])
+    best = scores.edges(1)[0]
+    assert circuit["edges"][0]["name"] == best.name and best.source in said
+    assert best.name.split("->")[0] in (out / "report.html").read_text()
+    assert json.loads((out / "config.json").read_text())["arguments"]["left_out"] == [
+        "blocks.2.hook_resid_post"
+    ]
+
+
+def test_find_edges_of_a_plain_model_by_other_methods_and_positions(
+    given: dict[str, str], capsys: Any
+) -> None:
+    plain = ["find", "--model", given["model"], "--task", given["task"], "--level", "edge", "--json"]
+    options = ["--method", "mask-ig", "--ig-steps", "2", "--patch-type", "edge", "--per-position"]
+    assert main([*plain, *options, "--ablation", "mean_both"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["faithfulness_curve"]["patch_type"] == "edge" and found["edges"][0]["position"] is not None
+    assert found["faithfulness_curve"]["ablation"] == "mean_both"
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (["--level", "edge", "--sites", "blocks.2.hook_resid_post"], "cuts it"),
+        (["--level", "edge", "--ig-steps", "3"], "--ig-steps with --method eap"),
+        (["--method", "mask-ig"], "--method means nothing with --level node"),
+        (["--patch-type", "edge"], "--patch-type means nothing"),
+        (["--level", "edge", "--memory-limit", "0.000001"], "memory_limit"),
+    ],
+)
+def test_options_of_edges_that_do_not_fit_say_why(
+    given: dict[str, str], capsys: Any, extra: list[str], sentence: str
+) -> None:
+    assert main([*find(given), *extra]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_nodes_need_saes(given: dict[str, str], capsys: Any) -> None:
+    assert main(["find", "--model", given["model"], "--task", given["task"]]) == 2
+    assert "--saes DIR or --neurons" in capsys.readouterr().err
+
+
+def test_the_choices_are_those_of_the_library() -> None:
+    from auto_circuit import cli
+    from auto_circuit.metrics.objectives import OBJECTIVES
+    from auto_circuit.patching.ablations import Ablation
+    from auto_circuit.prune_algos.edge_attribution import METHODS
+
+    assert tuple(Ablation) == cli._ABLATIONS and tuple(METHODS) == cli._METHODS
+    assert tuple(OBJECTIVES) == cli._OBJECTIVES

@@ -208,7 +208,7 @@ def _add_latents(out: Tensor, differences: Differences, part: LatentPart) -> Non
             out.index_add_(0, part.rows, source.write(weighted, directions))
         elif directions.ndim == 2:
             rows = out[start : start + at_once]
-            rows.view(-1, rows.shape[-1]).addmm_(weighted.reshape(-1, weighted.shape[-1]), directions)
+            rows.flatten(0, 2).addmm_(weighted.flatten(0, 2), directions)
         else:
             out[start : start + at_once] += source.write(weighted, directions)
 

@@ -79,7 +79,7 @@ def node_attribution(
             or scores that are not finite.
         UnknownNameError: for an unknown ablation or rule.
     """
-    points = path_points(1 if ig_steps is None else ig_steps, ig_rule)
+    points = path_points(1 if ig_steps is None else ig_steps, ig_rule, "ig_steps")
     if any(sae.seq_len is not None for sae in spliced.saes.values()) and not per_position:
         raise InputError("SAEs pruned per position have other latents at each: set per_position=True.")
     if per_position and len(set(prompts.lengths)) > 1:

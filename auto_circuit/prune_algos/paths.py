@@ -16,8 +16,13 @@ VANISHED = 1e-6
 IG_RULES = ("midpoint", "left", "sum")
 
 
-def path_points(steps: int, rule: str) -> list[tuple[float, float]]:
+def path_points(steps: int, rule: str, name: str = "steps") -> list[tuple[float, float]]:
     """Return the points of a path and their weights (rules: the module's docstring).
+
+    Args:
+        steps: how many.
+        rule: one of `IG_RULES`.
+        name: what the caller's argument is called.
 
     Raises:
         InputError: for fewer than one step.
@@ -26,7 +31,7 @@ def path_points(steps: int, rule: str) -> list[tuple[float, float]]:
     if rule not in IG_RULES:
         raise unknown_name("ig_rule", rule, IG_RULES)
     if int(steps) != steps or steps < 1:
-        raise InputError(f"The steps of a path must be a whole number of at least 1; given {steps}.")
+        raise InputError(f"{name} must be a whole number of at least 1; given {steps}.")
     if rule == "sum":
         return [(k / steps, 1.0) for k in range(steps + 1)]
     shift = 0.5 if rule == "midpoint" else 0.0

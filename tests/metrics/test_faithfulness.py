@@ -102,3 +102,29 @@ def test_wrong_input(shared_model: Any, prompts: Any) -> None:
     scores = ac.node_attribution(spliced, same, progress=False)
     with pytest.raises(InputError, match="faithfulness is not defined"):
         ac.faithfulness_curve(spliced, scores, same, progress=False)
+
+
+@pytest.mark.parametrize("patch_type", ["tree", "edge"])
+def test_curve_of_edges_is_that_of_the_circuits(shared_model: Any, patch_type: str) -> None:
+    model, prompts = shared_model("llama"), make_prompts(5, (5, 4))
+    graph = ac.CircuitGraph(model)
+    scores = ac.edge_attribution(graph, prompts, progress=False)
+    sizes = [5, 40, len(scores)]
+    curve = ac.faithfulness_curve(
+        graph, scores, prompts, sizes=sizes, patch_type=patch_type, batch_size=2, progress=False
+    )
+    circuits = [scores.top(k) for k in (0, *sizes)]
+    logits = ac.run_circuits(graph, prompts, circuits, patch_type=patch_type, progress=False)
+
+    def value(rows: Tensor) -> float:
+        return float(sum(ac.logit_diff(rows[b.idxs], b).sum() for b in prompts.batches())) / len(prompts)
+
+    empty, *values = map(value, logits)
+    assert curve.objective == pytest.approx(values, abs=1e-5) and curve.empty == pytest.approx(
+        empty, abs=1e-5
+    )
+    expected = [(v - empty) / (curve.full - empty) for v in values]
+    assert curve.faithfulness == pytest.approx(expected, abs=1e-4) and curve.faithfulness[-1] == 1
+    assert curve.unit == "edges" and curve.patch_type == patch_type
+    with pytest.raises(InputError, match="PruneScores with their CircuitGraph"):
+        ac.faithfulness_curve(model, scores, prompts, progress=False)

@@ -284,3 +284,17 @@ def test_what_cannot_be_run_says_why(shared_model: Any) -> None:
     positions = make_graph(model, "plain", per_position=True)
     with pytest.raises(InputError, match="for each of 6 positions"):
         run_circuits(positions, make_prompts(2, (3,)), [random_circuit(positions, 0.5)], progress=False)
+
+
+def test_latents_that_differ_nowhere_need_no_work(shared_model: Any) -> None:
+    model = shared_model("gpt2")
+    sae = ac.SparseAutoencoder(HookPoint(), 600, 24)
+    torch.nn.init.constant_(sae.latent_bias, -100.0)  # never active
+    graph = CircuitGraph(ac.sae_model(model, {"blocks.0.hook_mlp_out": sae}))
+    prompts = make_prompts(2, (SEQ - 1,))
+    latents = [i for i in range(graph.n_edges) if "/latent." in graph.edge(i).source]
+    half = Circuit.of(graph.layout, sorted(set(range(graph.n_edges)) - set(latents[::2])))
+    kept = run_circuits(graph, prompts, [half], progress=False)[0]
+    torch.testing.assert_close(kept, graph.plain_logits(next(prompts.batches()).clean), rtol=1e-5, atol=1e-6)
+    scores = ac.edge_attribution(graph, prompts, progress=False)
+    assert not scores.flat()[latents].any()
