@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from model_utils.sparse_autoencoders.test_autoencoder_transformer import assert_same, state_of
+from patching.test_edge_patching import dense_logits, random_circuit
 
 import auto_circuit as ac
 from auto_circuit.errors import InputError
@@ -101,3 +102,13 @@ def test_edge_circuit_of_ioi(smollm2: Any, prompts: Any, fixtures: Path) -> None
         curve = ac.faithfulness_curve(graph, scores, few, sizes=[size, graph.n_edges], progress=False)
     assert graph.n_edges == 1_913_851
     assert curve.faithfulness[0] > 0.75 and curve.faithfulness[1] == 1
+
+
+def test_edges_of_a_real_model_equal_every_source_written_out(smollm2: Any, prompts: Any) -> None:
+    """Against TransformerLens' split hooks: 30 layers, grouped heads, RoPE, massive activations."""
+    one = prompts.subset([0])
+    graph = ac.CircuitGraph(smollm2)
+    circuit = random_circuit(graph, 0.6)
+    ours = ac.run_circuits(graph, one, [circuit], progress=False)[0]
+    expected = dense_logits(smollm2, graph, next(one.batches()), circuit, "tree")
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
