@@ -103,7 +103,9 @@ def _add_how(find: argparse.ArgumentParser) -> None:
     find.add_argument(
         "--top", type=_positive, default=5, metavar="N", help="nodes to show for each site (edges: 4 N)"
     )
-    find.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="prompts in a pass")
+    find.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="prompts in a pass; else 32 (edges: or what fits)"
+    )
     find.add_argument("--memory-limit", type=float, metavar="GIB", help="for edges; else what is free")
     find.add_argument("--out", metavar="DIR", help="write the results folder here")
     find.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -167,14 +169,14 @@ def _find(arguments: argparse.Namespace) -> None:
             prompts,
             arguments.max_latents,
             per_position=arguments.per_position,
-            batch_size=arguments.batch_size,
+            batch_size=arguments.batch_size or 32,
             progress=progress,
         )
     of_edges = arguments.level == "edge"
     scored = _graph(arguments, spliced, prompts) if of_edges else spliced
     if run:
         run.start(scored, prompts, pruning)
-    options = {"ablation": arguments.ablation, "batch_size": arguments.batch_size, "progress": progress}
+    options = {"ablation": arguments.ablation, "progress": progress, "batch_size": arguments.batch_size or 32}
     objective = OBJECTIVES[arguments.objective]
     scores = (_edge_scores if of_edges else _node_scores)(arguments, scored, prompts, objective, options)
     if run:
@@ -201,6 +203,9 @@ def _check_find(arguments: argparse.Namespace) -> None:
         wrong = {f"--ig-steps with --method {arguments.method}": arguments.ig_steps is not None and without}
         sourceless = arguments.saes is None and arguments.neurons is None
         wrong["--max-latents without --saes"] = sourceless and arguments.max_latents is not None
+        wrong["--no-error-nodes without --saes"] = sourceless and not arguments.error_nodes
+        if arguments.patch_type == "edge" and arguments.ablation != "resample":
+            raise InputError("--patch-type edge goes with --ablation resample; use tree for other ablations.")
         wrong["--sites without --saes"] = arguments.saes is None and arguments.sites is not None
     for option, given in wrong.items():
         if given:
@@ -248,7 +253,7 @@ def _edge_scores(
         method=arguments.method,
         steps=arguments.ig_steps or 5,
         memory_limit=arguments.memory_limit,
-        **options,
+        **{**options, "batch_size": arguments.batch_size},
     )
 
 

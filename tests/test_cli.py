@@ -214,10 +214,11 @@ def test_find_edges_of_a_plain_model_by_other_methods_and_positions(
 ) -> None:
     plain = ["find", "--model", given["model"], "--task", given["task"], "--level", "edge", "--json"]
     options = ["--method", "mask-ig", "--ig-steps", "2", "--patch-type", "edge", "--per-position"]
-    assert main([*plain, *options, "--ablation", "mean_both"]) == 0
+    assert main([*plain, *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["faithfulness_curve"]["patch_type"] == "edge" and found["edges"][0]["position"] is not None
-    assert found["faithfulness_curve"]["ablation"] == "mean_both"
+    assert main([*plain, "--ablation", "mean_both"]) == 0
+    assert json.loads(capsys.readouterr().out)["faithfulness_curve"]["ablation"] == "mean_both"
 
 
 @pytest.mark.parametrize(
@@ -227,6 +228,7 @@ def test_find_edges_of_a_plain_model_by_other_methods_and_positions(
         (["--level", "edge", "--ig-steps", "3"], "--ig-steps with --method eap"),
         (["--method", "mask-ig"], "--method means nothing with --level node"),
         (["--patch-type", "edge"], "--patch-type means nothing"),
+        (["--level", "edge", "--patch-type", "edge", "--ablation", "zero"], "goes with --ablation resample"),
         (["--level", "edge", "--memory-limit", "0.000001"], "memory_limit"),
     ],
 )

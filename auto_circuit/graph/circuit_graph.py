@@ -58,8 +58,10 @@ class CircuitGraph:
             position in a graph that is not, or an architecture whose edges are not known.
     """
 
-    def __init__(self, model: Any, *, per_position: int | None = None, separate_qkv: bool = True) -> None:
-        if isinstance(per_position, bool) or (per_position is not None and per_position < 1):
+    def __init__(self, model: Any, *, per_position: Any = None, separate_qkv: bool = True) -> None:
+        if per_position is not None and (
+            not isinstance(per_position, int) or isinstance(per_position, bool) or per_position < 1
+        ):
             raise InputError(
                 f"per_position is the number of tokens of the prompts, such as prompts.lengths[0], or None; "
                 f"given {per_position!r}."
@@ -73,7 +75,12 @@ class CircuitGraph:
         self._ids = {name: sae.latent_ids for name, sae in self.saes.items()}
         self._sites = _component_sites(self.spliced)
         self._check_positions(per_position)
+        #: Whether errors are nodes (a plain model has none to leave out).
+        self.error_nodes = self.spliced is None or self.spliced.error_nodes
+        self._inside = False
+        refuse_dropout(self.model)
         self.blocks: list[Block] = read_blocks(self.hooked)
+        self._seen = self._state()
         with self.running(), self._with_errors():
             check_blocks(self.hooked, self.blocks, self.model)
         self.layout = EdgeLayout(tuple(self._groups()), (), per_position)
@@ -85,11 +92,6 @@ class CircuitGraph:
     def saes(self) -> dict[str, SparseAutoencoder]:
         """The SAEs by site."""
         return {} if self.spliced is None else self.spliced.saes
-
-    @property
-    def error_nodes(self) -> bool:
-        """Whether errors are nodes (a plain model has none to leave out)."""
-        return self.spliced is None or self.spliced.error_nodes
 
     @property
     def seq_len(self) -> int | None:
@@ -134,19 +136,54 @@ class CircuitGraph:
 
         Raises:
             SpliceError: for a plain model that somebody spliced meanwhile.
-            InputError: for SAEs that were pruned after this graph was made.
+            InputError: for a model in training mode with dropout, or where weights, hooks, error nodes or
+                latents changed after this graph was made.
         """
-        if self.spliced is None:
-            refuse_if_spliced(self.model)
-            yield
-            return
-        for name, sae in self.spliced.saes.items():
+        outermost, self._inside = not self._inside, True
+        try:
+            if outermost:
+                self._check_unchanged()
+            if self.spliced is None:
+                yield
+                return
+            with self.spliced.edits(edits or {}):
+                yield
+        finally:
+            self._inside = not outermost
+
+    def _check_unchanged(self) -> None:
+        """Refuse a model that is not as it was when the graph was made."""
+        refuse_dropout(self.model)
+        for name, sae in self.saes.items():
             if sae.latent_ids is not self._ids[name] and not torch.equal(sae.latent_ids, self._ids[name]):
                 raise InputError(
                     f"The SAE at {name} was pruned after this graph was made; make the graph again."
                 )
-        with self.spliced.edits(edits or {}):
-            yield
+        if self.spliced is None:
+            refuse_if_spliced(self.model)
+        else:
+            now = [sae.error_nodes for sae in self.saes.values()] if self.spliced.is_spliced else []
+            if {*now, self.spliced.error_nodes} != {self.error_nodes}:
+                raise InputError(
+                    f"This graph was made with error_nodes={self.error_nodes}, which the model has not now; "
+                    f"make the graph again."
+                )
+        weights, hooks = self._state()
+        if weights != self._seen[0]:
+            raise InputError("The model's weights changed after this graph was made; make the graph again.")
+        if hooks != self._seen[1]:
+            changed = sorted(hooks ^ self._seen[1])
+            raise InputError(
+                f"Hooks at {listed(changed, 4)} were added or removed after this graph was made, and may "
+                f"change what is read and written. Remove them (model.reset_hooks()), or make the graph "
+                f"again with them there: it checks whether its edges still hold."
+            )
+
+    def _state(self) -> tuple[list[tuple[int, int]], set[str]]:
+        """Return what changes with the model's weights, and the names of hook points with user's hooks."""
+        weights = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters()]
+        hooks = {str(h.name) for h in self.hooked.hook_points().values() if h.fwd_hooks or h.bwd_hooks}
+        return weights, hooks
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Run `tokens [batch, seq]` in the model as it stands; return the last position's logits."""
@@ -218,6 +255,22 @@ class CircuitGraph:
                 yield Destination(f"{name}.mlp.in", None, readers(groups, stage), stage)
         last = 2 * len(self.blocks)
         yield Destination(END, None, readers(groups, last), last)
+
+
+def refuse_dropout(model: torch.nn.Module) -> None:
+    """Refuse a model whose passes are random: in training mode, with dropout.
+
+    Raises:
+        InputError: saying what to call.
+    """
+    for name, module in model.named_modules():
+        p = getattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else 0.0
+        p = p or getattr(module, "attention_dropout", 0.0)
+        if module.training and isinstance(p, float) and p > 0:
+            raise InputError(
+                f"The model is in training mode and drops out at random ({name}, p = {p:g}); call "
+                f"model.eval()."
+            )
 
 
 def _component_sites(spliced: AutoencoderTransformer | None) -> dict[tuple[int, str], tuple[Site, bool]]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class Circuit:
 
     Attributes:
         layout: which edges there are.
-        kept: destination → `[(seq,) (heads,) n_sources]`: 1 in the circuit, 0 not, or between.
+        kept: destination → `[(seq,) (heads,) n_sources]`: 1 in the circuit, 0 not, or between; other values
+            extrapolate.
     """
 
     layout: EdgeLayout
@@ -38,6 +40,9 @@ class Circuit:
 
     def __post_init__(self) -> None:
         self.layout.check(self.kept, "A circuit")
+        for name, kept in self.kept.items():
+            if kept.is_complex() or (kept.is_floating_point() and not bool(kept.isfinite().all())):
+                raise InputError(f"A circuit's weights of edges into {name} are not finite real numbers.")
 
     @classmethod
     def of(cls, layout: EdgeLayout, edges: Any) -> "Circuit":
@@ -51,6 +56,8 @@ class Circuit:
             UnknownNameError: for a name of no node.
             InputError: for a number or name of no edge, or anything else.
         """
+        if not isinstance(edges, Tensor) and hasattr(edges, "__array__"):
+            edges = torch.as_tensor(edges)
         if isinstance(edges, Tensor) and edges.dtype == torch.bool:
             return cls(layout, layout.split(edges))
         if isinstance(edges, str) or (isinstance(edges, Tensor) and edges.is_floating_point()):
@@ -60,11 +67,13 @@ class Circuit:
             )
         flat = torch.zeros(layout.n_edges, dtype=torch.bool)
         numbers = edges if isinstance(edges, Tensor) else [_number(layout, edge) for edge in edges]
-        index = torch.as_tensor(numbers, dtype=torch.long).cpu()
-        wrong = index[(index < 0) | (index >= layout.n_edges)]
+        chosen = torch.as_tensor(numbers, dtype=torch.long).cpu()
+        wrong = chosen[(chosen < 0) | (chosen >= layout.n_edges)]
         if len(wrong):
             raise InputError(f"Edges are numbered 0 to {layout.n_edges - 1:,}; given {int(wrong[0])}.")
-        flat[index] = True
+        if len(chosen) == layout.n_edges > 2 and int(chosen.max()) <= 1:
+            raise InputError("A mask of all edges must be a bool tensor; numbers 0 and 1 are edges 0 and 1.")
+        flat[chosen] = True
         return cls(layout, layout.split(flat))
 
     @property
@@ -96,9 +105,11 @@ def _number(layout: EdgeLayout, edge: Any) -> int:
         return layout.edge_index(edge.name)
     if isinstance(edge, str):
         return layout.edge_index(edge)
-    if isinstance(edge, bool) or not isinstance(edge, int):
-        raise InputError(f"Edges are given by number or name; given {edge!r}.")
-    return edge
+    try:
+        number: Any = str(edge) if isinstance(edge, bool) else edge
+        return index(number)
+    except TypeError as error:
+        raise InputError(f"Edges are given by number or name; given {edge!r}.") from error
 
 
 class PruneScores:
@@ -131,8 +142,8 @@ class PruneScores:
 
     def __getitem__(self, edge: str | int) -> float:
         """Return the score of an edge, by name or by number."""
-        destination, index = self.layout.place(_number(self.layout, edge))
-        return float(self.scores[destination.name].flatten()[index])
+        destination, within = self.layout.place(_number(self.layout, edge))
+        return float(self.scores[destination.name].flatten()[within])
 
     def __iter__(self) -> Iterator[Edge]:
         """Yield every edge with its score, by number."""
@@ -196,6 +207,15 @@ class PruneScores:
         return PruneScores(self.layout, {n: s * factor for n, s in self.scores.items()})
 
     __rmul__ = __mul__
+
+    def __neg__(self) -> "PruneScores":
+        return self * -1
+
+    def __sub__(self, other: Any) -> "PruneScores":
+        return self + -other if isinstance(other, PruneScores) else NotImplemented
+
+    def __truediv__(self, divisor: float | int) -> "PruneScores":
+        return self * (1 / divisor)
 
     def normalised(self) -> "PruneScores":
         """Return these scores divided by the sum of their absolute values (all zero: unchanged)."""

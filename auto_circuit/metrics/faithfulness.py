@@ -107,7 +107,7 @@ def faithfulness_curve(
         prompts: the behaviour, best other prompts than the scores were made of.
         objective: `(logits, batch) -> [batch]`.
         ablation: what ablated nodes or edges write.
-        patch_type: `tree` or `edge`, for edges.
+        patch_type: `tree` or `edge`, for edges; `edge` goes with `resample` alone.
         sizes: the values of k; None: for nodes 1, 2, 5, 10, … and all; for edges the shares of `EDGE_SHARES`.
         signed: rank by score instead of absolute score.
         batch_size: prompts in a pass.
@@ -125,6 +125,12 @@ def faithfulness_curve(
             f"given {type(scores).__name__} with {type(model).__name__}."
         )
     _check_lengths(scores, prompts)
+    of_corrupt = of_edges and PatchType.named(patch_type) is PatchType.EDGE
+    if of_corrupt and ablation_name(ablation) != Ablation.RESAMPLE:
+        raise InputError(
+            "With patch_type 'edge' circuits carry the ablation of the clean prompts: only 'resample' "
+            "gives the model itself when all edges are kept; use patch_type 'tree' for other ablations."
+        )
     n = len(scores)
     standard = sorted({max(1, round(share * n)) for share in EDGE_SHARES}) if of_edges else default_sizes(n)
     sizes = standard if sizes is None else sorted(set(sizes))

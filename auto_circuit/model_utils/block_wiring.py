@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auto_circuit.errors import InputError
+from auto_circuit.errors import InputError, listed
 from auto_circuit.model_utils.hooked_model import HookedModel
 
 
@@ -243,6 +243,12 @@ def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 def _unknown(hooked: HookedModel, what: str) -> InputError:
     kind = getattr(hooked.model.cfg, "architecture", None) or type(hooked.model).__name__
+    hooks = sorted({str(h.name) for h in hooked.hook_points().values() if h.fwd_hooks})
+    if hooks:
+        return InputError(
+            f"{kind}: {what}. There are hooks at {listed(hooks, 4)}; if they change what passes, remove them "
+            f"(model.reset_hooks()) and try again."
+        )
     return InputError(
         f"{kind}: {what}. Edges between its components are not known to this package; circuits of latents "
         f"and errors are: use node_attribution and node scores."

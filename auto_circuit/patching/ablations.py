@@ -31,7 +31,7 @@ from auto_circuit.errors import InputError, unknown_name
 from auto_circuit.graph.circuit_graph import CircuitGraph
 from auto_circuit.model_utils.sparse_autoencoders.autoencoder_transformer import AutoencoderTransformer
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
-from auto_circuit.patching.sources import SourceValues, no_values, sources_of
+from auto_circuit.patching.sources import SourceValues, completed_values, no_values, sources_of
 from auto_circuit.patching.stream_run import record
 
 Values = Mapping[str, Tensor]
@@ -86,6 +86,10 @@ class Recorder(Protocol):
         """What is recorded when nothing but constants is written, `[1, 1 or seq, …]`."""
         ...
 
+    def completed(self, values: Values) -> Values:
+        """Return given values with everything derived that follows from others."""
+        ...
+
 
 class Ablator:
     """Makes the values that ablated sources or nodes write in each batch.
@@ -113,8 +117,7 @@ class Ablator:
         """Return what is written instead in a batch; `other` names its other prompts."""
         length = batch.clean.shape[1]
         if self._given is not None:
-            self._check_given(batch)
-            return self._given
+            return self.recorder.completed(_checked_given(self._given, self.recorder.nothing(), batch))
         if self.ablation in _MEANS:
             return self._means[length]
         if self.ablation is Ablation.ZERO:
@@ -124,21 +127,6 @@ class Ablator:
             return values
         dims = [0] if self.ablation is Ablation.MEAN_BATCH else [0, 1]
         return {name: value.mean(dims, keepdim=True) for name, value in values.items()}
-
-    def _check_given(self, batch: PromptBatch) -> None:
-        """Refuse given values of another number of prompts or tokens than a batch has."""
-        expected = set(self.recorder.nothing())
-        if self._given is None or not expected <= set(self._given):
-            missing = sorted(expected - set(self._given or {}))
-            raise InputError(f"The given activations lack {missing[:4]}; record them with the same model.")
-        for name in expected:
-            sizes = tuple(self._given[name].shape[:2])
-            if sizes[0] not in (1, len(batch)) or sizes[1] not in (1, batch.clean.shape[1]):
-                raise InputError(
-                    f"The given activation {name} is for {sizes[0]} prompts of {sizes[1]} tokens; this "
-                    f"batch has {len(batch)} of {batch.clean.shape[1]}. Give activations of one prompt, or "
-                    f"of one batch."
-                )
 
     @torch.no_grad()
     def _take_means(
@@ -159,13 +147,47 @@ class Ablator:
         }
 
 
+def _checked_given(given: Values, expected: Values, batch: PromptBatch) -> Values:
+    """Refuse given values of another model, number of prompts or tokens than a batch has.
+
+    Raises:
+        InputError: naming the first that does not fit.
+    """
+    missing = sorted(name for name in expected if name not in given)
+    if missing:
+        raise InputError(f"The given activations lack {missing[:4]}; record them with the same model.")
+    for name, like in expected.items():
+        value = given[name]
+        if not isinstance(value, Tensor) or value.ndim != like.ndim or value.shape[2:] != like.shape[2:]:
+            has = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"The given activation {name}: expected a tensor [batch, seq, {like.shape[-1]}], given "
+                f"{has}; record it with the same model."
+            )
+        if not bool(value.isfinite().all()):
+            raise InputError(f"The given activation {name} is not finite.")
+        if value.shape[0] not in (1, len(batch)) or value.shape[1] not in (1, batch.clean.shape[1]):
+            raise InputError(
+                f"The given activation {name} is for {value.shape[0]} prompts of {value.shape[1]} tokens; "
+                f"this batch has {len(batch)} of {batch.clean.shape[1]}. Give activations of one prompt, or "
+                f"of one batch."
+            )
+    return given
+
+
 def _add(value: Tensor, total: Tensor | None) -> Tensor:
     summed = value.sum(0, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32))
     return summed if total is None else total + summed
 
 
 class GraphRecorder:
-    """Records what the sources of a graph write (`SourceValues.tensors`)."""
+    """Records what the sources of a graph write, by name (`SourceValues.tensors`).
+
+    `{group}:total` is what a group writes together, `{group}:coefficients` heads' `z` or latents'
+    coefficients. Given back as an ablation, changed or not, they say what ablated edges carry: totals of
+    heads follow from their coefficients, the streams from all totals, and an error is what a site's total
+    leaves over of its latents: to change what latents write alone, change the total with them.
+    """
 
     def __init__(self, graph: CircuitGraph) -> None:
         self.graph = graph
@@ -179,6 +201,10 @@ class GraphRecorder:
     def nothing(self) -> Values:
         """Only constants."""
         return no_values(self.graph, self.sources).tensors
+
+    def completed(self, values: Values) -> Values:
+        """Derive totals of heads and streams."""
+        return completed_values(self.graph, self.sources, values).tensors
 
 
 @dataclass(frozen=True)
@@ -209,6 +235,10 @@ class SiteRecorder:
     def nothing(self) -> Values:
         """No latent, no error: the SAEs' constant biases."""
         return _site_values({name: _zero(sae) for name, sae in self.spliced.saes.items()})
+
+    def completed(self, values: Values) -> Values:
+        """Nothing follows from anything else here."""
+        return values
 
 
 def site_patches(values: Values) -> dict[str, SitePatch]:

@@ -116,7 +116,7 @@ CircuitSet = Sequence[Any]
 
 
 def circuit_logits(
-    graph: CircuitGraph,
+    graph: Any,
     prompts: PromptDataset,
     circuits: CircuitSet,
     *,
@@ -144,7 +144,9 @@ def circuit_logits(
             for i, circuit in enumerate(checked):
                 mixes = plans[i]
                 if mixes is None:
-                    mixes = plans[i] = plan_circuit(graph.layout, _patched(circuit, kind), graph.device)
+                    with torch.set_grad_enabled(learning):
+                        mixes = plan_circuit(graph.layout, _patched(circuit, kind), graph.device)
+                    plans[i] = mixes
                 run = PatchedRun(graph, recorder.sources, mixes, patch, differentiable=learning)
                 with torch.set_grad_enabled(learning):
                     logits = run(tokens)
@@ -153,7 +155,7 @@ def circuit_logits(
 
 
 def run_circuits(
-    graph: CircuitGraph,
+    graph: Any,
     prompts: PromptDataset,
     circuits: Any,
     sizes: Sequence[int] | None = None,
@@ -186,12 +188,13 @@ def run_circuits(
             graph with positions has.
         UnknownNameError: for an unknown patch type or ablation.
     """
+    if not isinstance(graph, CircuitGraph):
+        raise InputError(f"Circuits run on a graph: CircuitGraph(model). Given {type(graph).__name__}.")
     if isinstance(circuits, PruneScores):
         circuits = [circuits.top(k, signed=signed) for k in checked_sizes(sizes, len(circuits))]
     elif sizes is not None:
         raise InputError("sizes go with PruneScores; circuits have their own.")
-    elif isinstance(circuits, Circuit):
-        circuits = [circuits]
+    circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
     rows: list[dict[int, Tensor]] = [{} for _ in circuits]
     runs = circuit_logits(
         graph,
@@ -204,8 +207,13 @@ def run_circuits(
     )
     with graph.running():
         for batch, i, logits in runs:
-            rows[i].update(zip(batch.idxs.tolist(), logits, strict=True))
-    return [torch.stack([by_prompt[i] for i in range(len(prompts))]) for by_prompt in rows]
+            with torch.set_grad_enabled(logits.requires_grad):
+                rows[i].update(zip(batch.idxs.tolist(), logits, strict=True))
+    collected: list[Tensor] = []
+    for by_prompt in rows:
+        with torch.set_grad_enabled(by_prompt[0].requires_grad):
+            collected.append(torch.stack([by_prompt[i] for i in range(len(prompts))]))
+    return collected
 
 
 def checked_sizes(sizes: Sequence[int] | None, n: int) -> list[int]:

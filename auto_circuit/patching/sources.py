@@ -145,7 +145,24 @@ def no_values(graph: CircuitGraph, sources: Mapping[str, Source]) -> SourceValue
         if source.directions is not None:
             n = source.directions.shape[-2]
             tensors[f"{source.name}:coefficients"] = source.directions.new_zeros(1, 1, n)
+    return completed_values(graph, sources, tensors)
+
+
+def completed_values(
+    graph: CircuitGraph, sources: Mapping[str, Source], tensors: Mapping[str, Tensor]
+) -> SourceValues:
+    """Return values with what follows from others: totals of sources without remainder, and the streams."""
+    whole = {name: tensor for name, tensor in tensors.items() if not name.startswith("stream:")}
+    for source in sources.values():
+        if source.directions is not None and source.group.remainder is None:
+            coefficients = whole[f"{source.name}:coefficients"].to(source.directions.dtype)
+            if coefficients.shape[1] == 1 and source.directions.ndim == 3:
+                coefficients = coefficients.expand(-1, len(source.directions), -1)
+            whole[f"{source.name}:total"] = source.write(coefficients, source.directions)
     for stage in {destination.stage for destination in graph.layout.destinations}:
-        constants = [s.constant for s in sources.values() if s.group.stage <= stage]
-        tensors[f"stream:{stage}"] = torch.stack(constants).sum(0)[None, None]
-    return SourceValues(tensors)
+        before = [s for s in sources.values() if s.group.stage <= stage]
+        stream = sum(s.constant for s in before) + torch.zeros(1, 1, 1, device=graph.device)
+        for source in before:
+            stream = stream + whole[f"{source.name}:total"]
+        whole[f"stream:{stage}"] = stream
+    return SourceValues(whole)

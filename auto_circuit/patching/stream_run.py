@@ -75,7 +75,8 @@ class StreamRun:
         """A group's coefficients in this run, `[batch, seq, n_columns]`; encoded when first asked for."""
         held = self._coefficients[group]
         if not isinstance(held, Tensor):
-            held = self._coefficients[group] = held()
+            held = self._kept(held())
+            self._coefficients[group] = held
         return held
 
     def values(self) -> SourceValues:

@@ -86,18 +86,18 @@ class Need:
         return min(4096, max(1, int(spare / self.per_prompt * self.seq_len)))
 
 
-def chosen_batch_size(need: Need, asked: int | None) -> int:
-    """Return the batch size to use.
+def chosen_batch_size(need: Need, asked: int | None, n_prompts: int | None = None) -> int:
+    """Return the batch size to use: what was asked for, or what fits; at most the number of prompts.
 
     Raises:
         InputError: when not even that fits, with the number of GiB and what would make it fit.
     """
-    if asked is not None and asked < 1:
+    if asked is not None and (not isinstance(asked, int) or asked < 1):
         raise InputError(f"batch_size must be at least 1; given {asked}.")
-    size = asked or USUAL_BATCH
+    size = min(asked or USUAL_BATCH, n_prompts or USUAL_BATCH if asked is None else n_prompts or asked)
     if asked is None:
-        while size > 1 and need.bytes(size) > need.limit:
-            size //= 2
+        fitting = (need.limit - need.fixed) // max(1, need.per_prompt)
+        size = max(1, min(size, fitting))
     if need.bytes(size) <= need.limit:
         return size
     options = ["prune latents first (prune_latents(prompts, max_latents))"] * need.with_latents

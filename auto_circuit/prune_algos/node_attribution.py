@@ -19,7 +19,6 @@ Sources: Nanda 2023 (attribution patching), Marks et al. 2024 (sparse feature ci
 Sundararajan et al. 2017 (integrated gradients).
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -42,7 +41,7 @@ from auto_circuit.patching.ablations import (
     site_patches,
 )
 from auto_circuit.patching.node_patching import last_logits, plain_logits, run_nodes
-from auto_circuit.prune_algos.paths import path_points, refuse_vanished
+from auto_circuit.prune_algos.paths import largest_gradient, path_points, refuse_vanished
 from auto_circuit.prune_algos.reader_gradients import gradients_of, own_view
 
 
@@ -114,7 +113,7 @@ def node_attribution(
                 gradient = _path_gradient(spliced, batch, objective, name, patches[name], points)
                 totals[name].add(inputs[name], gradient, patches[name])
                 bar.update(len(batch) * len(points))
-    if ig_steps is None and not math.isnan(largest):
+    if ig_steps is None:
         refuse_vanished(objective, largest, "plain attribution")
     scores = NodeScores({name: total.scores() for name, total in totals.items()})
     for name, site in scores.sites.items():
@@ -231,7 +230,7 @@ def _gradients(
         reference = logits.detach() if spliced.error_nodes else partial(plain_logits, spliced, batch)
         batch = batch.with_reference(reference)
         *gradients, at_logits = gradients_of(objective, logits, batch, list(outputs.values()))
-    largest = float(at_logits.abs().sum(-1).max())
+    largest = largest_gradient(objective, at_logits)
     by_site = zip(outputs, gradients, strict=True)
     return {name: (inputs[name], g.to(inputs[name].dtype)) for name, g in by_site}, largest
 

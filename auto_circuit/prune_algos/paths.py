@@ -7,6 +7,10 @@ Points of a path lie by `ig_rule`:
 - `sum`: at k/steps for k = 0 … steps, added up (AutoCircuit's: steps + 1 terms, not divided).
 """
 
+import math
+
+from torch import Tensor
+
 from auto_circuit.errors import InputError, unknown_name
 from auto_circuit.metrics.objectives import Objective
 
@@ -38,6 +42,22 @@ def path_points(steps: int, rule: str, name: str = "steps") -> list[tuple[float,
     return [((k + shift) / steps, 1 / steps) for k in range(steps)]
 
 
+def largest_gradient(objective: Objective, gradient: Tensor, largest: float = 0.0) -> float:
+    """Return the larger of `largest` and a gradient at the logits `[batch, vocab]`, summed over the latter.
+
+    Raises:
+        InputError: where it is not finite.
+    """
+    size = float(gradient.abs().sum(-1).max())
+    if not math.isfinite(size):
+        name = getattr(objective, "__name__", "the objective")
+        raise InputError(
+            f"The gradient of {name} is not finite: the model, an SAE or the objective gives NaN or infinity "
+            f"on these prompts. Check the weights, and try float32."
+        )
+    return max(largest, size)
+
+
 def refuse_vanished(objective: Objective, largest: float, method: str) -> None:
     """Refuse an objective whose gradient at the logits was nowhere larger than rounding.
 
@@ -48,7 +68,8 @@ def refuse_vanished(objective: Objective, largest: float, method: str) -> None:
         return
     name = getattr(objective, "__name__", "this objective")
     raise InputError(
-        f"The gradient of {name} vanishes where {method} takes it, so every score would be rounding error "
-        f"(the KL divergence to the clean run has its minimum there). For edges use method 'mask-ig', "
+        f"The gradient of {name} vanishes where {method} takes it ({largest:.1e} at the logits), so every "
+        f"score would be rounding error (the KL divergence to the clean run has its minimum there; an "
+        f"objective that is only small can be scaled). For edges use method 'mask-ig', "
         f"'ig-inputs' or 'clean-corrupt', or 'mask' at a mask_value above 0; for nodes give ig_steps."
     )

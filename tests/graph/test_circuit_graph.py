@@ -43,7 +43,7 @@ def test_positions_multiply_edges_and_name_them(shared_model: Any) -> None:
     assert each.edge_name(each.edge_index("start->end@4")) == "start->end@4"
     with pytest.raises(InputError, match="no position"):
         whole.edge_index("start->end@4")
-    for wrong in (0, True):
+    for wrong in (0, True, 6.0):
         with pytest.raises(InputError, match="per_position is the number of tokens"):
             ac.CircuitGraph(shared_model("gpt2"), per_position=wrong)
 
@@ -100,4 +100,33 @@ def test_a_model_spliced_meanwhile_is_refused(shared_model: Any) -> None:
     model = shared_model("gpt2")
     graph = ac.CircuitGraph(model)
     with ac.sae_model(model, saes_at(model, "out")), pytest.raises(SpliceError, match="spliced already"):
+        ac.edge_attribution(graph, make_prompts(2, (5,)), progress=False)
+
+
+def test_a_model_that_changed_meanwhile_is_refused(make_model: Any) -> None:
+    model, prompts = make_model("gpt2"), make_prompts(2, (5,))
+    graph = ac.CircuitGraph(model)
+    model.add_hook("blocks.1.hook_attn_out", lambda x, hook: 2 * x)
+    with pytest.raises(InputError, match=r"Hooks at blocks.1.*reset_hooks"):
+        ac.edge_attribution(graph, prompts, progress=False)
+    with pytest.raises(InputError, match=r"There are hooks at blocks.0.hook_out, blocks.1"):
+        model.add_hook("blocks.0.hook_resid_post", lambda x, hook: 2 * x)
+        ac.CircuitGraph(model)
+    model.reset_hooks()
+    ac.edge_attribution(graph, prompts, progress=False)
+    model.train()
+    for call in (lambda: ac.CircuitGraph(model), lambda: ac.edge_attribution(graph, prompts, progress=False)):
+        with pytest.raises(InputError, match=r"training mode.*model.eval"):
+            call()
+    model.eval()
+    with torch.no_grad():
+        model.blocks[0].ln1.original_component.weight.mul_(2)
+    with pytest.raises(InputError, match="weights changed"):
+        ac.edge_attribution(graph, prompts, progress=False)
+
+
+def test_other_error_nodes_than_the_graph_was_made_with_are_refused(shared_model: Any) -> None:
+    spliced = ac.sae_model(shared_model("gpt2"), saes_at(shared_model("gpt2"), "out"))
+    graph = ac.CircuitGraph(spliced)
+    with spliced.with_error_nodes(False), pytest.raises(InputError, match="error_nodes=True"):
         ac.edge_attribution(graph, make_prompts(2, (5,)), progress=False)

@@ -395,3 +395,20 @@ def test_negative_or_fractional_sizes_are_refused() -> None:
 
 def test_scores_can_be_listed() -> None:
     assert [edge.score for edge in small_scores()] == [1, 5, 4, 3, 2]
+
+
+def test_scores_are_subtracted_negated_and_divided() -> None:
+    twice = small_scores() + small_scores()
+    assert torch.equal((twice - small_scores()).flat(), small_scores().flat())
+    assert torch.equal((-twice / 2).flat(), -small_scores().flat())
+
+
+def test_a_mask_of_whole_numbers_is_refused_and_numpy_is_read() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert Circuit.of(small_layout(), numpy.array([1, 3])).indices().tolist() == [1, 3]
+    assert Circuit.of(small_layout(), [numpy.int64(2)]).indices().tolist() == [2]
+    assert Circuit.of(small_layout(), numpy.array([True, False, False, False, True])).n_edges == 2
+    with pytest.raises(InputError, match="bool tensor"):
+        Circuit.of(small_layout(), torch.ones(5, dtype=torch.long))
+    with pytest.raises(InputError, match="not finite real numbers"):
+        Circuit(small_layout(), small_layout().split(torch.full((5,), torch.nan)))

@@ -126,5 +126,7 @@ def test_curve_of_edges_is_that_of_the_circuits(shared_model: Any, patch_type: s
     expected = [(v - empty) / (curve.full - empty) for v in values]
     assert curve.faithfulness == pytest.approx(expected, abs=1e-4) and curve.faithfulness[-1] == 1
     assert curve.unit == "edges" and curve.patch_type == patch_type
+    with pytest.raises(InputError, match="use patch_type 'tree'"):
+        ac.faithfulness_curve(graph, scores, prompts, patch_type="edge", ablation="zero", progress=False)
     with pytest.raises(InputError, match="PruneScores with their CircuitGraph"):
         ac.faithfulness_curve(model, scores, prompts, progress=False)

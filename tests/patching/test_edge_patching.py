@@ -13,7 +13,7 @@ from auto_circuit.errors import InputError, UnknownNameError
 from auto_circuit.graph.circuit_graph import CircuitGraph
 from auto_circuit.graph.prune_scores import Circuit, PruneScores
 from auto_circuit.model_utils.hooked_model import hooked_model
-from auto_circuit.patching.ablations import GraphRecorder
+from auto_circuit.patching.ablations import Ablation, GraphRecorder
 from auto_circuit.patching.edge_patching import circuit_logits, run_circuits
 from auto_circuit.patching.sources import SourceValues
 
@@ -213,7 +213,8 @@ def test_given_activations_are_what_other_edges_carry(shared_model: Any) -> None
     circuit = random_circuit(graph, 0.5)
     given = GraphRecorder(graph).record(batch.corrupt)
     expected = run_circuits(graph, prompts, [circuit], progress=False)[0]
-    assert torch.equal(run_circuits(graph, prompts, [circuit], ablation=given, progress=False)[0], expected)
+    ours = run_circuits(graph, prompts, [circuit], ablation=given, progress=False)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     one = {name: value[:1] for name, value in given.items()}
     assert run_circuits(graph, prompts, [circuit], ablation=one, progress=False)[0].shape == expected.shape
     wrong = {name: value[:, :2] for name, value in given.items()}
@@ -298,3 +299,68 @@ def test_latents_that_differ_nowhere_need_no_work(shared_model: Any) -> None:
     torch.testing.assert_close(kept, graph.plain_logits(next(prompts.batches()).clean), rtol=1e-5, atol=1e-6)
     scores = ac.edge_attribution(graph, prompts, progress=False)
     assert not scores.flat()[latents].any()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("placed", ["out", "inner"])
+@pytest.mark.parametrize("error_nodes", [True, False])
+def test_saes_in_half_precision_run_too(make_model: Any, family: str, placed: str, error_nodes: bool) -> None:
+    model = make_model(family, torch.bfloat16)
+    saes = {name: sae.to(torch.bfloat16) for name, sae in saes_at(model, placed).items()}
+    graph = CircuitGraph(ac.sae_model(model, saes, error_nodes=error_nodes))
+    prompts = make_prompts(2, (SEQ - 1,))
+    everything = Circuit(graph.layout, graph.layout.split(torch.ones(graph.n_edges)))
+    for ablation in Ablation:
+        circuits = [random_circuit(graph, 0.5), random_circuit(graph, 0.5, fractions=True), everything]
+        *_, kept = run_circuits(graph, prompts, circuits, ablation=ablation, progress=False)
+        with graph.running(), torch.no_grad():
+            assert torch.equal(kept, graph.last_logits(next(prompts.batches()).clean))
+    assert ac.edge_attribution(graph, prompts, progress=False).flat().any()
+
+
+def test_given_activations_may_be_edited_and_every_edge_carries_them(shared_model: Any) -> None:
+    """Whatever is computed from the smaller side: hard, soft and scored circuits see the same."""
+    model = shared_model("gpt2")
+    graph, prompts = CircuitGraph(model), make_prompts(2, (SEQ - 1,))
+    batch = next(prompts.batches())
+    given = dict(GraphRecorder(graph).record(batch.corrupt))
+    given["blocks.1.mlp:total"] = torch.zeros_like(given["blocks.1.mlp:total"])
+    given["blocks.0.attn:coefficients"] = given["blocks.0.attn:coefficients"] + 1
+    hard = torch.ones(graph.n_edges)
+    hard[graph.layout.slice_of("end")] = 0
+    soft = hard.clone().requires_grad_()
+    circuits = [Circuit(graph.layout, graph.layout.split(kept)) for kept in (hard, soft)]
+    for ablated in circuits:
+        logits = run_circuits(graph, prompts, [ablated], ablation=given, progress=False)[0]
+        dense = DenseEdges(model, {})
+        with torch.no_grad():
+            dense.run(batch.corrupt)
+            patch = dict(dense.sources)
+            patch["blocks.1.mlp"] = torch.zeros_like(patch["blocks.1.mlp"])
+            patch["blocks.1.mlp"] += GraphRecorder(graph).sources["blocks.1.mlp"].constant
+            for head in range(4):
+                weight = graph.blocks[0].attn.weight.unflatten(0, (4, -1))[head]
+                patch[f"blocks.0.attn/head.{head}"] = patch[f"blocks.0.attn/head.{head}"] + weight.sum(0)
+            expected = dense.run(batch.clean, patch, lambda _s, d: float(d == "end"))
+        torch.testing.assert_close(logits.detach(), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="not finite"):
+        run_circuits(
+            graph, prompts, circuits, ablation={**given, "start:total": given["start:total"] * torch.nan}
+        )
+    with pytest.raises(InputError, match=r"expected a tensor \[batch, seq, 24\]"):
+        run_circuits(
+            graph, prompts, circuits, ablation={**given, "start:total": given["start:total"][..., :3]}
+        )
+
+
+def test_masks_keep_their_gradient_under_no_grad_and_generators_are_read_once(shared_model: Any) -> None:
+    graph, prompts = make_graph(shared_model("gpt2"), "plain"), make_prompts(2, (SEQ - 1,))
+    kept = torch.full((graph.n_edges,), 0.5, requires_grad=True)
+    with torch.no_grad():
+        circuit = Circuit(graph.layout, {n: m.clone() for n, m in graph.layout.split(kept).items()})
+    soft = Circuit(graph.layout, graph.layout.split(kept))
+    with torch.no_grad():
+        assert run_circuits(graph, prompts, [soft], progress=False)[0].requires_grad
+    assert len(run_circuits(graph, prompts, (c for c in (circuit, circuit)), progress=False)) == 2
+    with pytest.raises(InputError, match="Circuits run on a graph"):
+        run_circuits(graph.model, prompts, [circuit])

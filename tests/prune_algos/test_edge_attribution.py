@@ -249,6 +249,12 @@ def test_wrong_options_say_what_is_possible(shared_model: Any) -> None:
         edge_attribution(graph, prompts, method="mask", mask_value=1.5, progress=False)
     with pytest.raises(UnknownNameError, match="resample"):
         edge_attribution(graph, prompts, ablation="resampel", progress=False)
+    with pytest.raises(InputError, match="Edges need a graph"):
+        edge_attribution(graph.model, prompts, progress=False)
+    with pytest.raises(InputError, match="a PromptDataset and a callable"):
+        edge_attribution(graph, [1, 2], progress=False)
+    with pytest.raises(InputError, match="not finite"):
+        edge_attribution(graph, prompts, lambda logits, batch: logits[:, 0] * torch.nan, progress=False)
     with pytest.raises(InputError, match="cuts their gradient"):
         edge_attribution(graph, prompts, lambda logits, batch: logits.detach()[:, 0], progress=False)
 

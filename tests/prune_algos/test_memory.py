@@ -99,9 +99,9 @@ def test_tokens_wait_only_as_long_as_there_is_room() -> None:
 
 @pytest.mark.parametrize(
     ("gib", "expected"),
-    [(100, USUAL_BATCH), (18, 32), (17.9, 16), (10, 16), (9.9, 8), (4, 4), (3, 2), (2.9, 1), (2.5, 1)],
+    [(100, USUAL_BATCH), (18, 32), (17.9, 31), (10, 16), (9.9, 15), (4, 4), (3, 2), (2.9, 1), (2.5, 1)],
 )
-def test_the_batch_is_halved_until_it_fits(gib: float, expected: int) -> None:
+def test_the_batch_is_as_large_as_fits(gib: float, expected: int) -> None:
     need = with_limit(gib)
     assert chosen_batch_size(need, None) == expected
     assert need.bytes(expected) <= need.limit
@@ -182,3 +182,10 @@ def test_infinity_is_no_limit_and_nan_is_refused(shared_model: Any, limit: float
 
 def test_a_small_graph_runs_in_little_memory(shared_model: Any) -> None:
     edge_attribution(CircuitGraph(shared_model("gpt2")), make_prompts(), memory_limit=0.1, progress=False)
+
+
+def test_no_more_prompts_are_counted_than_there_are() -> None:
+    assert chosen_batch_size(NEED, 32, 4) == 4 and chosen_batch_size(NEED, None, 6) == 6
+    assert chosen_batch_size(NEED, 3, 6) == 3
+    with pytest.raises(InputError, match="on 4 prompts"):
+        chosen_batch_size(with_limit(1.0), 32, 4)
