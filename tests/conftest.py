@@ -1,6 +1,7 @@
 """Models for the tests: tiny random ones of every family, and SmolLM2 with its SAEs."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,9 @@ def make_model(model_root: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def shared_model(make_model: Callable[..., Any]) -> Callable[[str], Any]:
-    """A function that returns one model of a family, shared by the tests: leave it as it was."""
-    models: dict[str, Any] = {}
-    return lambda family="gpt2": models.setdefault(family, models.get(family) or make_model(family))
+def shared_model(make_model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that returns one model of a family and dtype, shared by the tests: leave it as it was."""
+    return cache(lambda family="gpt2", dtype=torch.float32: make_model(family, dtype))
 
 
 @pytest.fixture

@@ -131,9 +131,9 @@ def test_sources_and_constants_add_up_to_the_stream(shared_model: Any, family: s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("separate", [True, False])
 def test_all_edges_patched_is_the_other_run_and_none_its_own_bitwise(
-    make_model: Any, family: str, placed: str, dtype: torch.dtype, separate: bool
+    shared_model: Any, family: str, placed: str, dtype: torch.dtype, separate: bool
 ) -> None:
-    model = make_model(family, dtype)
+    model = shared_model(family, dtype)
     graph = make_graph(model, placed, separate=separate)
     prompts = make_prompts(3, (SEQ - 1,))
     batch = next(prompts.batches())
@@ -148,11 +148,11 @@ def test_all_edges_patched_is_the_other_run_and_none_its_own_bitwise(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_circuits_are_near_single_precision(make_model: Any, family: str) -> None:
+def test_half_precision_circuits_are_near_single_precision(shared_model: Any, family: str) -> None:
     prompts = make_prompts(3, (SEQ - 1,))
     logits = {}
     for dtype in (torch.float32, torch.bfloat16):
-        graph = make_graph(make_model(family, dtype), "mixed")
+        graph = make_graph(shared_model(family, dtype), "mixed")
         circuits = [random_circuit(graph, share) for share in (0.3, 0.9)]
         logits[dtype] = torch.stack(run_circuits(graph, prompts, circuits, progress=False)).float()
     assert (logits[torch.float32] - logits[torch.bfloat16]).abs().max() < 0.1
@@ -304,8 +304,10 @@ def test_latents_that_differ_nowhere_need_no_work(shared_model: Any) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 @pytest.mark.parametrize("placed", ["out", "inner"])
 @pytest.mark.parametrize("error_nodes", [True, False])
-def test_saes_in_half_precision_run_too(make_model: Any, family: str, placed: str, error_nodes: bool) -> None:
-    model = make_model(family, torch.bfloat16)
+def test_saes_in_half_precision_run_too(
+    shared_model: Any, family: str, placed: str, error_nodes: bool
+) -> None:
+    model = shared_model(family, torch.bfloat16)
     saes = {name: sae.to(torch.bfloat16) for name, sae in saes_at(model, placed).items()}
     graph = CircuitGraph(ac.sae_model(model, saes, error_nodes=error_nodes))
     prompts = make_prompts(2, (SEQ - 1,))
