@@ -198,7 +198,7 @@ def graph() -> dict[str, Case]:
 
 
 def large() -> dict[str, Case]:
-    """Make the case of a graph of 10⁸ edges."""
+    """Make the case of a graph of 60 million edges."""
 
     def run() -> list[float]:
         torch.manual_seed(0)

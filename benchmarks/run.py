@@ -140,7 +140,7 @@ BENCHMARKS = {
         ),
     ),
     "large": Benchmark(
-        title="GPT-2 small's shape, 12 x 24,576 latents (10^8 edges), 8 x 16 tokens; under 120 s and 4 GiB",
+        title="GPT-2 small's shape, 12 x 24,576 latents (6e7 edges), 8 x 16 tokens; under 120 s and 4 GiB",
         cases={"ours/eap": "ours, attribution, all made anew"},
         ours=1,
         peer=0,
