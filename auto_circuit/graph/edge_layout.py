@@ -235,7 +235,7 @@ class EdgeLayout:
 
     def same_as(self, other: "EdgeLayout") -> bool:
         """Whether both have the same edges."""
-        return self.describe() == other.describe()
+        return self is other or self.describe() == other.describe()
 
     # ---- files -----------------------------------------------------------------------------------
 

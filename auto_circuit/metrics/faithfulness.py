@@ -118,25 +118,10 @@ def faithfulness_curve(
             ablating everything does not change.
     """
     of_edges = isinstance(scores, PruneScores)
-    fits = isinstance(model, CircuitGraph if of_edges else AutoencoderTransformer)
-    if not isinstance(scores, PruneScores | NodeScores) or not fits:
-        raise InputError(
-            f"NodeScores go with the model that sae_model returned, PruneScores with their CircuitGraph; "
-            f"given {type(scores).__name__} with {type(model).__name__}."
-        )
-    _check_lengths(scores, prompts)
-    of_corrupt = of_edges and PatchType.named(patch_type) is PatchType.EDGE
-    if of_corrupt and ablation_name(ablation) != Ablation.RESAMPLE:
-        raise InputError(
-            "With patch_type 'edge' circuits carry the ablation of the clean prompts: only 'resample' "
-            "gives the model itself when all edges are kept; use patch_type 'tree' for other ablations."
-        )
-    n = len(scores)
-    standard = sorted({max(1, round(share * n)) for share in EDGE_SHARES}) if of_edges else default_sizes(n)
-    sizes = standard if sizes is None else sorted(set(sizes))
     unit = "edges" if of_edges else "nodes"
-    if not sizes or sizes[0] < 0 or sizes[-1] > n or any(int(size) != size for size in sizes):
-        raise InputError(f"sizes must be numbers of {unit} from 0 to {n}; given {sizes}.")
+    _check_asked(model, scores, ablation, patch_type)
+    _check_lengths(scores, prompts)
+    sizes = _curve_sizes(sizes, len(scores), unit)
     every = [0, *sizes]
     options = {"ablation": ablation, "batch_size": batch_size, "progress": progress}
     if of_edges:
@@ -174,6 +159,33 @@ def faithfulness_curve(
         unit=unit,
         patch_type=str(PatchType.named(patch_type)) if of_edges else str(PatchType.TREE),
     )
+
+
+def _check_asked(model: Any, scores: Any, ablation: AnyAblation, patch_type: str | PatchType) -> None:
+    """Refuse scores that do not go with the model, and ablations that do not go with the patch type."""
+    of_edges = isinstance(scores, PruneScores)
+    fits = isinstance(model, CircuitGraph if of_edges else AutoencoderTransformer)
+    if not isinstance(scores, PruneScores | NodeScores) or not fits:
+        raise InputError(
+            f"NodeScores go with the model that sae_model returned, PruneScores with their CircuitGraph; "
+            f"given {type(scores).__name__} with {type(model).__name__}."
+        )
+    of_corrupt = of_edges and PatchType.named(patch_type) is PatchType.EDGE
+    if of_corrupt and ablation_name(ablation) != Ablation.RESAMPLE:
+        raise InputError(
+            "With patch_type 'edge' circuits carry the ablation of the clean prompts: only 'resample' "
+            "gives the model itself when all edges are kept; use patch_type 'tree' for other ablations."
+        )
+
+
+def _curve_sizes(sizes: Sequence[int] | None, n: int, unit: str) -> list[int]:
+    """Return the sizes of a curve, in order."""
+    shares = sorted({max(1, round(share * n)) for share in EDGE_SHARES})
+    standard = shares if unit == "edges" else default_sizes(n)
+    asked = standard if sizes is None else sorted(set(sizes))
+    if not asked or asked[0] < 0 or asked[-1] > n or any(int(size) != size for size in asked):
+        raise InputError(f"sizes must be numbers of {unit} from 0 to {n}; given {asked}.")
+    return asked
 
 
 def _plain(spliced: AutoencoderTransformer, tokens: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class Block:
         attn: what attention writes.
         mlp: what the MLP writes; None without one.
         mlp_reader: the module whose input is the stream that the MLP reads (its norm, or itself).
-        mlp_reads_norm: whether that module's input is the stream; else it is the norm's output.
+        mlp_reads_stream: whether that module's input is the stream; else it is the norm's output.
     """
 
     layer: int
@@ -124,7 +124,7 @@ class Block:
     attn: Writer
     mlp: Writer | None
     mlp_reader: nn.Module | None
-    mlp_reads_norm: bool
+    mlp_reads_stream: bool
 
     @property
     def n_heads(self) -> int:
@@ -178,7 +178,7 @@ def _read_block(hooked: HookedModel, layer: int) -> Block:
         attn=_writer(hooked, layer, "attn", hooks),
         mlp=None if mlp is None else _writer(hooked, layer, "mlp", hooks),
         mlp_reader=None if mlp is None else (own.module if own is not None else mlp),
-        mlp_reads_norm=reads_stream,
+        mlp_reads_stream=reads_stream,
     )
 
 
@@ -342,7 +342,7 @@ def _check_block(hooked: HookedModel, block: Block, seen: dict[nn.Module, Tensor
         if block.mlp_reader not in seen or block.mlp.out not in seen:
             raise _unknown(hooked, f"{name}.mlp is not called as expected")
         reads = stream if block.parallel else middle
-        reads = reads if block.mlp_reads_norm else block.mlp_norm(reads)
+        reads = reads if block.mlp_reads_stream else block.mlp_norm(reads)
         if not _close(seen[block.mlp_reader], reads, dtype):
             raise _unknown(
                 hooked, f"{name}.mlp does not read the stream{'' if block.parallel else ' after attention'}"

@@ -112,13 +112,10 @@ def _rows(block: Block, part: str, n_heads: int, n_rows: int) -> Tensor:
     return heads // (n_q // n_kv) if part == "q" else heads
 
 
-CircuitSet = Sequence[Any]
-
-
 def circuit_logits(
     graph: Any,
     prompts: PromptDataset,
-    circuits: CircuitSet,
+    circuits: Sequence[Any],
     *,
     patch_type: str | PatchType = PatchType.TREE,
     ablation: AnyAblation = Ablation.RESAMPLE,

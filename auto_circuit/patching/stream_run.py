@@ -182,7 +182,7 @@ class StreamRun:
         return new
 
     def _mlp(self, block: Block, stage: int, given: Tensor) -> Tensor | None:
-        if block.mlp_reads_norm:
+        if block.mlp_reads_stream:
             self.streams.setdefault(stage, given if self.differentiable else given.detach())
             return self.read_mlp(block, stage, given)
         new = self.read_mlp(block, stage, self.streams[stage])
