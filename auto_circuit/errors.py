@@ -29,6 +29,10 @@ class CheckpointError(AutoCircuitError, ValueError):
     """An SAE checkpoint is incomplete, inconsistent or not understood."""
 
 
+class TrainingError(AutoCircuitError, RuntimeError):
+    """Training cannot go on; the message names the step, the site and the last good checkpoint."""
+
+
 class PromptError(AutoCircuitError, ValueError):
     """A prompt or a prompt file cannot be used; the message names the prompt."""
 
