@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from auto_circuit.errors import InputError, unknown_name
 from auto_circuit.files import write_json, write_tensors
 from auto_circuit.model_utils.sparse_autoencoders.training.activations import RowSource
+from auto_circuit.model_utils.sparse_autoencoders.training.processes import from_first, process_index
 
 MANIFEST = "manifest.json"
 _FORMAT = "auto_circuit.activations"
@@ -57,13 +58,16 @@ def record_activations(
         while manifest["n_rows"] < n_rows:
             shard, bar_from = _collect(rows, per_shard, n_rows - manifest["n_rows"]), manifest["n_rows"]
             name = f"shard_{len(manifest['shards']):05d}.safetensors"
-            write_tensors(folder / name, shard)
+            if process_index() == 0:  # the others have the same rows
+                write_tensors(folder / name, shard)
             size = len(next(iter(shard.values())))
             manifest["shards"].append({"file": name, "rows": size})
             manifest["n_rows"] += size
             manifest["next"] = rows.state()
-            write_json(folder / MANIFEST, manifest)
+            if process_index() == 0:
+                write_json(folder / MANIFEST, manifest)
             bar.update(min(manifest["n_rows"], n_rows) - bar_from)
+    from_first(None)  # nobody reads before all is written
     return CachedActivations(folder, list(rows.widths))
 
 

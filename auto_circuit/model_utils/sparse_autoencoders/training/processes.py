@@ -1,10 +1,27 @@
 """What a training step needs of a process group: means, maxima and gathered values; nothing without one."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Be in the process group that `torchrun` describes in the environment, where it does."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available() or dist.is_initialized()
+    if alone:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def n_processes() -> int:
@@ -29,6 +46,20 @@ def total_over(value: Tensor) -> Tensor:
 def mean_over(value: Tensor) -> Tensor:
     """Return the mean of a tensor over the processes, without gradients."""
     return total_over(value) / n_processes()
+
+
+def from_first(value: Any) -> Any:
+    """Return what the first process has, in all of them."""
+    if n_processes() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is set in any process."""
+    return bool(total_over(torch.tensor(int(flag), device=device)) > 0) if n_processes() > 1 else flag
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:

@@ -10,11 +10,8 @@
 Under `torchrun` the processes share each batch and average gradients: the run is that of one process.
 """
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +36,12 @@ from auto_circuit.model_utils.sparse_autoencoders.training.architectures import 
 from auto_circuit.model_utils.sparse_autoencoders.training.coder import Coder, Losses
 from auto_circuit.model_utils.sparse_autoencoders.training.config import TrainingConfig
 from auto_circuit.model_utils.sparse_autoencoders.training.end_to_end import EndToEndLoss
+from auto_circuit.model_utils.sparse_autoencoders.training.interruption import interruptible
 from auto_circuit.model_utils.sparse_autoencoders.training.processes import (
+    any_of,
     average_gradients,
+    from_first,
+    joined,
     mean_over,
     n_processes,
     process_index,
@@ -95,24 +96,38 @@ def train_saes(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     config = config or TrainingConfig()
-    rows = _row_source(model, sites, text, config)
-    settings = {
-        "config": config.as_dict(),
-        "sites": dict(rows.widths),
-        "data": rows.description(),
-        "model": _model_identity(model),
-    }
-    folder = (
-        TrainingFolder(out, settings, resume=resume) if out is not None and process_index() == 0 else None
-    )
-    if folder is not None and folder.is_done:
-        return load_saes(folder.path)
-    if cache is not None and isinstance(rows, ModelActivations):
-        made_of = {"model": settings["model"]}
-        recorded = record_activations(rows, cache, config.n_tokens, made_of, progress=progress)
-        rows = CachedActivations(recorded.folder, list(rows.widths), config.seed)
-    run = _Training(model, rows, config, folder)
-    return run.run(log_every, checkpoint_seconds, progress, callbacks)
+    device = torch.device("cpu") if model is None else next(model.parameters()).device
+    with joined(device):
+        rows = _row_source(model, sites, text, config)
+        settings = {
+            "config": config.as_dict(),
+            "sites": dict(rows.widths),
+            "data": rows.description(),
+            "model": _model_identity(model),
+        }
+        folder = _folder(out, settings, resume)
+        if from_first(folder is not None and folder.is_done):
+            return load_saes(Path(out or ""))
+        if cache is not None and isinstance(rows, ModelActivations):
+            made_of = {"model": settings["model"]}
+            recorded = record_activations(rows, cache, config.n_tokens, made_of, progress=progress)
+            rows = CachedActivations(recorded.folder, list(rows.widths), config.seed)
+        run = _Training(model, rows, config, folder, settings["model"])
+        return run.run(log_every, checkpoint_seconds, progress, callbacks)
+
+
+def _folder(out: str | Path | None, settings: Mapping[str, Any], resume: bool) -> TrainingFolder | None:
+    """Open the run's folder in the first process; all processes raise what it raises."""
+    folder, error = None, None
+    if out is not None and process_index() == 0:
+        try:
+            folder = TrainingFolder(out, settings, resume=resume)
+        except InputError as found:
+            error = str(found)
+    error = from_first(error)
+    if error is not None:
+        raise InputError(error)
+    return folder
 
 
 def _row_source(model: Any, sites: Any, text: Any, config: TrainingConfig) -> RowSource:
@@ -138,9 +153,14 @@ class _Training:
     """One run: coders, optimisers, data, and what a checkpoint holds."""
 
     def __init__(
-        self, model: Any, rows: RowSource, config: TrainingConfig, folder: TrainingFolder | None
+        self,
+        model: Any,
+        rows: RowSource,
+        config: TrainingConfig,
+        folder: TrainingFolder | None,
+        identity: Mapping[str, Any],
     ) -> None:
-        self.model, self.rows, self.config, self.folder = model, rows, config, folder
+        self.rows, self.config, self.folder, self.identity = rows, config, folder, identity
         self.generator = torch.Generator().manual_seed(config.seed)
         capacity = max(config.batch_size, min(config.buffer_tokens, config.n_tokens))
         self.buffer = ShuffleBuffer(rows, capacity, self.generator)
@@ -180,7 +200,7 @@ class _Training:
         metrics: Metrics = {}
         shown = progress and process_index() == 0
         with (
-            _interruptible() as interrupted,
+            interruptible() as interrupted,
             torch.enable_grad(),
             tqdm(total=total, initial=self.step, disable=not shown, unit="step") as bar,
         ):
@@ -200,14 +220,14 @@ class _Training:
                 ):
                     self._save()
                     saved = time.monotonic()
-                if interrupted.is_set():
+                if stop:
                     raise KeyboardInterrupt
         return self._finish(metrics)
 
     def _begin(self) -> None:
         """Go on from the checkpoint, or set initial values."""
         state = self.folder.load() if self.folder is not None else None
-        state = _of_first_process(state)
+        state = from_first(state)
         if state is None:
             first = self.buffer.first(self.config.batch_size * 8)
             for site, coder in self.coders.items():
@@ -271,7 +291,7 @@ class _Training:
 
     def _check(self, site: str, loss: Tensor) -> None:
         """Stop at a loss that is not finite."""
-        if bool(total_over((~loss.detach().isfinite()).to(torch.int32)) > 0):
+        if any_of(not bool(loss.detach().isfinite()), self.device):
             saved = self.folder.checkpoint_step() if self.folder is not None else None
             where = "no checkpoint was saved"
             if self.folder is not None and saved is not None:
@@ -322,7 +342,7 @@ class _Training:
         """Return what the SAE's file says of its training."""
         coder = self.coders[site]
         return {
-            "model_name": _model_identity(self.model).get("name", ""),
+            "model_name": self.identity.get("name", ""),
             "hook_name": site,
             "context_size": self.config.context_length,
             "training_architecture": self.config.architecture,
@@ -352,33 +372,3 @@ def _check_finite(site: str, rows: Tensor) -> None:
             f"The activations at {site} have {int((~rows.isfinite()).sum())} values that are not finite, "
             f"before the first step. Check the model's weights and dtype."
         )
-
-
-def _of_first_process(state: Any) -> Any:
-    """Return what the first process has, in all of them."""
-    if n_processes() == 1:
-        return state
-    held = [state]
-    torch.distributed.broadcast_object_list(held)
-    return held[0]
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Let Ctrl-C and SIGTERM set the event that is yielded; a second one interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def note(_number: int, _frame: object) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
