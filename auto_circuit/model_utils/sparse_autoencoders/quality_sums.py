@@ -180,7 +180,7 @@ def near_copies(sae: LatentDictionary, above: float) -> tuple[int, float | None]
 
     Args:
         sae: whose directions are the same at every position.
-        above: the cosine from which on, exclusively, a pair counts.
+        above: a pair with a larger cosine counts.
 
     Returns:
         The number of unordered pairs with a larger cosine, and the largest cosine of a pair (None with
@@ -193,11 +193,11 @@ def near_copies(sae: LatentDictionary, above: float) -> tuple[int, float | None]
     rows = sae.directions.detach()
     unit = torch.nn.functional.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
     count, largest = 0, -1.0
-    size = max(1, CHUNK // len(unit))
+    size = max(1, 4 * CHUNK // len(unit))
     for start in range(0, len(unit) - 1, size):
         cosines = unit[start : start + size] @ unit[start:].T
-        seen = torch.ones_like(cosines, dtype=torch.bool).tril_()  # a pair's other order, and itself
-        cosines.masked_fill_(seen, -torch.inf)
+        own = cosines[:, : len(cosines)]  # a latent with itself, and pairs in their other order
+        own.masked_fill_(torch.ones_like(own, dtype=torch.bool).tril_(), -torch.inf)
         count += int((cosines > above).sum())
         largest = max(largest, float(cosines.max()))
     return count, min(largest, 1.0)

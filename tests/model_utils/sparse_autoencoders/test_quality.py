@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from conftest import VOCAB
+from dense_quality import compare, expected, likely_tokens, padded, rebuilt, varied_saes
 from model_utils.sparse_autoencoders.test_autoencoder_transformer import assert_same, saes_for, state_of
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -15,137 +16,9 @@ from transformer_lens.hook_points import HookPoint
 import auto_circuit as ac
 from auto_circuit.errors import InputError, SpliceError, UnknownNameError
 from auto_circuit.model_utils.sparse_autoencoders import quality_sums
-from auto_circuit.model_utils.sparse_autoencoders.input_scaling import ConstantNormScaling, LayerNormScaling
-from auto_circuit.model_utils.sparse_autoencoders.latent_activations import JumpReLU, TopK
-from auto_circuit.model_utils.sparse_autoencoders.quality_sums import Moments, near_copies
 
 MLP = "blocks.1.hook_mlp_out"
 RESID = "blocks.1.hook_resid_post"
-
-
-def likely_tokens(model: Any, rows: int = 4, length: int = 9, seed: int = 3) -> Tensor:
-    """BOS and what the model itself finds likely next, so that ablations cost something."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(3, VOCAB, (rows, 1), generator=generator)
-    tokens = torch.cat([torch.zeros(rows, 1, dtype=torch.long), tokens], 1)
-    with torch.no_grad():
-        while tokens.shape[1] < length:
-            probs = (4 * model(tokens)[:, -1].double()).softmax(-1)
-            probs[:, :3] = 0
-            tokens = torch.cat([tokens, torch.multinomial(probs, 1, generator=generator)], 1)
-    return tokens
-
-
-def padded(tokens: Tensor) -> Tensor:
-    """The last two positions of the first row replaced by the special token 1, and one in the middle by 2."""
-    tokens = tokens.clone()
-    tokens[0, -2:], tokens[1, 4] = 1, 2
-    return tokens
-
-
-def varied_saes(model: Any, layers: tuple[int, ...] = (1,)) -> dict[str, ac.SparseAutoencoder]:
-    """One SAE of another kind at each site."""
-    saes = saes_for(model, layers=layers)
-    for i, sae in enumerate(saes.values()):
-        sae.activation = [sae.activation, TopK(5), JumpReLU(0.2 * torch.rand(16))][i % 3]
-        sae.scaling = [None, None, None, LayerNormScaling(1e-5), ConstantNormScaling(3.0)][i % 5]
-        sae.bias.data.normal_(std=0.1)
-    return saes
-
-
-def rebuilt(sae: ac.SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents and reconstruction, written out."""
-    shift, scale, divisor = torch.zeros(()), torch.ones(()), torch.ones(())
-    if isinstance(sae.scaling, LayerNormScaling):
-        shift, scale = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
-        divisor = scale + 1e-5
-    elif sae.scaling is not None:
-        scale = divisor = x.norm(dim=-1, keepdim=True) / 3.0
-    z = sae.activation(((x - shift) / divisor - sae.bias) @ sae.encode_weight.T + sae.latent_bias)
-    return z, (z @ sae.decode_weight.T + sae.bias) * scale + shift
-
-
-def rerun(model: Any, tokens: Tensor, name: str, new: Callable[[Tensor], Tensor]) -> Tensor:
-    """Logits with the activation at one site replaced, by TransformerLens' own hooks."""
-
-    def hook(x: Tensor, hook: Any) -> Tensor:
-        return new(x.reshape(*tokens.shape, -1)).reshape(x.shape)
-
-    if not name.endswith("hook_resid_mid"):
-        return model.run_with_hooks(tokens, fwd_hooks=[(name, hook)])
-    block, caught = name.removesuffix(".hook_resid_mid"), {}
-    # That hook point carries the MLP's branch alone: the stream is put together again at the block's end.
-    fwd = [(name, hook), (f"{block}.hook_mlp_out", lambda x, hook: caught.update(mlp=x.clone()))]
-    model.run_with_hooks(tokens, fwd_hooks=fwd)
-    mid = model.run_with_cache(tokens, names_filter=[name])[1][name]
-    post = new(mid) + caught["mlp"]
-    return model.run_with_hooks(tokens, fwd_hooks=[(f"{block}.hook_resid_post", lambda x, hook: post)])
-
-
-@torch.no_grad()
-def expected(
-    model: Any, sae: Any, name: str, batches: list[Tensor], special: tuple[int, ...] = (0, 1, 2)
-) -> dict[str, float]:
-    """Every number of one site from everything at once, in float64."""
-    xs, outs, zs = [], [], []
-    masks = [~torch.isin(tokens, torch.tensor(special)) for tokens in batches]
-    for tokens, mask in zip(batches, masks, strict=True):
-        x = model.run_with_cache(tokens, names_filter=[name])[1][name].reshape(*tokens.shape, -1)
-        z, out = rebuilt(sae, x.to(sae.bias.dtype))
-        xs, outs, zs = [*xs, x[mask].double()], [*outs, out.to(x.dtype)[mask].double()], [*zs, z[mask]]
-    x, out, z = torch.cat(xs), torch.cat(outs), torch.cat(zs)
-    residual, mean = x - out, x.mean(0)
-    ratio = out.norm(dim=-1) / x.norm(dim=-1)
-    numbers = {
-        "n_tokens": len(x),
-        "l0": (z != 0).sum(-1).double().mean(),
-        "fvu": residual.square().sum() / (x - mean).square().sum(),
-        "residual_bias": residual.mean(0).square().sum() * len(x) / residual.square().sum(),
-        "norm": x.norm(dim=-1).mean(),
-        "norm_ratio": ratio.mean(),
-        "cosine": torch.cosine_similarity(x, out, dim=-1).mean(),
-    }
-    numbers["explained_variance"] = 1 - numbers["fvu"]
-    news = {"spliced": lambda x: rebuilt(sae, x.to(sae.bias.dtype))[1], "zero": torch.zeros_like}
-    news |= {"mean": lambda x: mean.expand_as(x)}
-    losses: dict[str, list[Tensor]] = {run: [] for run in ("plain", *news)}
-    kls: dict[str, list[Tensor]] = {run: [] for run in news}
-    for tokens, mask in zip(batches, masks, strict=True):
-        predicted = mask[:, :-1] & mask[:, 1:]
-        plain = model(tokens).double().log_softmax(-1)
-        logits = {run: rerun(model, tokens, name, masked(new, mask)) for run, new in news.items()}
-        for run, p in {"plain": plain, **{k: v.double().log_softmax(-1) for k, v in logits.items()}}.items():
-            picked = p[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
-            losses[run].append(-picked[predicted])
-            if run != "plain":
-                kls[run].append((plain.exp() * (plain - p)).sum(-1)[mask])
-    means = {run: torch.cat(values).mean() for run, values in losses.items()}
-    numbers["n_predictions"] = len(torch.cat(losses["plain"]))
-    for run, value in means.items():
-        numbers[f"loss_{run}"] = value
-    for run in news:
-        rise = torch.cat(losses[run]) - torch.cat(losses["plain"])
-        numbers[f"rise_{run}"], numbers[f"rise_error_{run}"] = rise.mean(), rise.std() / len(rise) ** 0.5
-        numbers[f"kl_{run}"] = torch.cat(kls[run]).mean()
-    for run in ("zero", "mean"):
-        numbers[f"loss_recovered_{run}"] = (means[run] - means["spliced"]) / (means[run] - means["plain"])
-        numbers[f"kl_recovered_{run}"] = 1 - numbers["kl_spliced"] / numbers[f"kl_{run}"]
-    return {key: float(value) for key, value in numbers.items()}
-
-
-def masked(new: Callable[[Tensor], Tensor], mask: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.where(mask[..., None], new(x).to(x.dtype), x)
-
-
-def compare(row: dict[str, Any], numbers: dict[str, float], **tolerance: float) -> None:
-    """All numbers agree; a recovered loss is given exactly where the rise stands out of its noise."""
-    for key, value in numbers.items():
-        if key.startswith("loss_recovered"):
-            run = key.removeprefix("loss_recovered_")
-            if numbers[f"rise_{run}"] <= 2 * numbers[f"rise_error_{run}"]:
-                assert row[key] is None
-                continue
-        assert row[key] == pytest.approx(value, **tolerance), key
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "neox", "gemma2"])
@@ -183,7 +56,7 @@ def test_half_precision_models_are_summed_in_float64(shared_model: Any, sae_dtyp
     tokens = torch.randint(3, VOCAB, (40, 20), generator=torch.Generator().manual_seed(0))
     quality = ac.sae_quality(model, saes, [tokens], progress=False)[MLP]
     numbers = expected(model, saes[MLP], MLP, [tokens])
-    compare({**quality.as_row()}, numbers, rel=1e-6, abs=1e-9)  # float32 or bfloat16 sums err by 1e-5
+    compare(quality.as_row(), numbers, rel=1e-6, abs=1e-9)  # float32 or bfloat16 sums err by 1e-5
 
 
 def test_independent_of_batches_where_the_legacy_formula_is_not(make_model: Any) -> None:
@@ -230,32 +103,6 @@ def test_a_large_common_offset_costs_no_digits(make_model: Any) -> None:
     assert q.losses is None and "loss_plain" not in q.as_row()
 
 
-def test_moments_by_hand() -> None:
-    moments = Moments()
-    for batch in ([[1.0, 2.0]], [[3.0, 2.0], [5.0, 8.0]], []):
-        moments.add(torch.tensor(batch).reshape(-1, 2))
-    assert (moments.n, moments.mean.tolist(), moments.squares.tolist()) == (3, [3.0, 4.0], [8.0, 24.0])
-    assert (moments.about_mean, moments.mean_square, moments.about_zero) == (32.0, 75.0, 107.0)
-    constant = Moments()
-    for _ in range(3):
-        constant.add(torch.full((7, 2), 0.1, dtype=torch.float64))
-    assert constant.about_mean == 0
-
-
-def test_a_site_by_hand(make_model: Any) -> None:
-    """Two latents that read and write the first two inputs: everything can be worked out on paper."""
-    sums = quality_sums.SiteSums("here")
-    x = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]])
-    out = torch.tensor([[3.0, 0.0], [0.5, 0.0], [0.0, 1.0]])
-    for part in (slice(0, 1), slice(1, 3)):
-        sums.add(x[part], out[part], (out != 0)[part])
-    assert sums.n_active.tolist() == [2, 1] and sums.n_nonzero == 2
-    assert sums.residuals.about_zero == pytest.approx(16 + 0.25 + 1)
-    assert sums.inputs.about_mean == pytest.approx(26 - (16 + 16) / 3)
-    assert (sums.norm, sums.norm_ratio) == (pytest.approx(6), pytest.approx(3 / 5 + 0.5))
-    assert sums.cosine == pytest.approx(3 / 5 + 1)
-
-
 def test_dead_dense_and_ids_by_construction(shared_model: Any) -> None:
     model = shared_model("gpt2")
     sae = ac.SparseAutoencoder(HookPoint(), 16, 24)
@@ -270,32 +117,12 @@ def test_dead_dense_and_ids_by_construction(shared_model: Any) -> None:
     x = model.run_with_cache(tokens, names_filter=[MLP])[1][MLP][tokens > 2]
     torch.testing.assert_close(q.frequency, (sae.encode(x) > 0).double().mean(0))
     assert q.l0 == pytest.approx(q.frequency.sum().item()) and q.n_latents == 6
-    edge = q.frequency[0].item()  # "above" excludes
-    q = ac.sae_quality(
-        model, {MLP: sae}, [tokens], losses=False, dense_above=min(edge, 0.99), progress=False
-    )[MLP]
-    assert 15 not in q.dense_ids.tolist() or edge == 1
-
-
-def test_near_copies_by_construction(monkeypatch: Any) -> None:
-    sae = ac.SparseAutoencoder(HookPoint(), 7, 4)
-    eye = torch.eye(4)
-    rows = [eye[0], 3 * eye[0], -eye[0], eye[1], eye[1] + 0.1 * eye[2], 0 * eye[0], 0.5 * eye[0]]
-    sae.decode_weight.data = torch.stack(rows).T
-    for chunk in (1, 16, quality_sums.CHUNK):  # a row, two rows, all rows at once
-        monkeypatch.setattr(quality_sums, "CHUNK", chunk)
-        assert near_copies(sae, 0.9) == (4, pytest.approx(1))  # three pairs of 0, 1, 6, and 3 with 4
-        assert near_copies(sae, 0.999)[0] == 3
-    sae.prune_latents(torch.tensor([0, 2]))
-    assert near_copies(sae, 0.0) == (0, -1.0)
-    sae.prune_latents(torch.tensor([0]))
-    assert near_copies(sae, 0.0) == (0, None)
-    sae = ac.SparseAutoencoder(HookPoint(), 60, 6).to(torch.bfloat16)
-    unit = torch.nn.functional.normalize(sae.directions.detach().double(), dim=-1)
-    cosines = (unit @ unit.T)[torch.ones(60, 60).triu(1).bool()]
-    monkeypatch.setattr(quality_sums, "CHUNK", 7 * 60)
-    count, largest = near_copies(sae, 0.7)
-    assert count == int((cosines > 0.7).sum()) > 10 and largest == pytest.approx(cosines.max().item())
+    edge = next(f for f in q.frequency.tolist() if 0 < f < 1)  # "above" leaves it out itself
+    q = ac.sae_quality(model, {MLP: sae}, [tokens], losses=False, dense_above=edge, progress=False)[MLP]
+    assert q.dense_ids.tolist() == [
+        i for i, f in zip([15, 7, 5, 3, 2, 0], q.frequency, strict=True) if f > edge
+    ]
+    assert edge in q.frequency and q.dense_share == len(q.dense_ids) / 6
 
 
 def test_neurons_are_exact(shared_model: Any) -> None:
@@ -392,6 +219,8 @@ def test_passes_and_memory(shared_model: Any, monkeypatch: Any) -> None:
     model = shared_model("gpt2")
     tokens, saes = likely_tokens(model), saes_for(model, ["hook_mlp_out"], [0, 1])
     runs: list[str] = []
+    for name, sae in saes.items():
+        sae.activation.register_forward_hook(lambda *args, name=name: runs.append(name))
     hooks = [(f"blocks.{i}.hook_mlp_out", lambda x, hook, i=i: runs.append(str(i))) for i in (0, 2)]
     with model.hooks(fwd_hooks=hooks):
         first = ac.sae_quality(model, saes, tokens.split(2), losses=False, progress=False)
@@ -399,6 +228,7 @@ def test_passes_and_memory(shared_model: Any, monkeypatch: Any) -> None:
         runs.clear()
         whole = ac.sae_quality(model, saes, tokens.split(2), progress=False)
         assert (runs.count("0"), runs.count("2")) == (2 * (1 + 7), 2 * 7)
+        assert all(runs.count(name) == 2 * (1 + 1) for name in saes)  # no SAE encodes where it is not asked
     assert first[MLP].as_row().items() <= whole[MLP].as_row().items()
     monkeypatch.setattr(quality_sums, "CHUNK", 3 * VOCAB)
     again = ac.sae_quality(model, saes, tokens.split(2), progress=False)[MLP].as_row()
