@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     )
     from auto_circuit.model_utils.sparse_autoencoders.checkpoints import load_saes, save_saes
     from auto_circuit.model_utils.sparse_autoencoders.neuron_autoencoder import neuron_saes
+    from auto_circuit.model_utils.sparse_autoencoders.quality import sae_quality
+    from auto_circuit.model_utils.sparse_autoencoders.quality_results import SiteQuality
     from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
     from auto_circuit.patching.ablations import Ablation, GraphRecorder
     from auto_circuit.patching.edge_patching import PatchType, run_circuits
@@ -46,6 +48,8 @@ _WHERE = {
     f"{_SAE}.autoencoder_transformer": ("AutoencoderTransformer", "sae_model"),
     f"{_SAE}.checkpoints": ("load_saes", "save_saes"),
     f"{_SAE}.neuron_autoencoder": ("neuron_saes",),
+    f"{_SAE}.quality": ("sae_quality",),
+    f"{_SAE}.quality_results": ("SiteQuality",),
     f"{_SAE}.sparse_autoencoder": ("SparseAutoencoder",),
     "auto_circuit.patching.ablations": ("Ablation", "GraphRecorder"),
     "auto_circuit.patching.edge_patching": ("PatchType", "run_circuits"),
@@ -72,6 +76,7 @@ __all__ = [
     "PromptDataset",
     "PromptPair",
     "PruneScores",
+    "SiteQuality",
     "SparseAutoencoder",
     "answer_log_prob",
     "edge_attribution",
@@ -87,6 +92,7 @@ __all__ = [
     "read_prompts",
     "run_circuits",
     "sae_model",
+    "sae_quality",
     "save_saes",
 ]
 

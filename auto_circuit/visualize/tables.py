@@ -1,10 +1,14 @@
-"""Plain-text tables of nodes, edges and curves."""
+"""Plain-text tables of nodes, edges, curves and the quality of SAEs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from auto_circuit.graph.nodes import NodeScores
 from auto_circuit.graph.prune_scores import PruneScores
 from auto_circuit.metrics.faithfulness import FaithfulnessCurve
+from auto_circuit.model_utils.sparse_autoencoders.quality_results import SiteQuality
+
+#: A cell of a column of numbers in which there is none.
+NO_NUMBER = "–"
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -24,7 +28,7 @@ def _is_number(cell: str) -> bool:
     try:
         float(cell)
     except ValueError:
-        return False
+        return cell == NO_NUMBER
     return True
 
 
@@ -60,3 +64,43 @@ def curve_table(curve: FaithfulnessCurve) -> str:
         for size, faithfulness, value in zip(curve.sizes, curve.faithfulness, curve.objective, strict=True)
     ]
     return text_table([f"{curve.unit} kept", "faithfulness", "objective"], rows)
+
+
+#: Columns of `quality_table`: head, key of `SiteQuality.as_row`, format, factor.
+_QUALITY: tuple[tuple[str, str, str, int], ...] = (
+    ("latents", "n_latents", "d", 1),
+    ("L0", "l0", ".1f", 1),
+    ("FVU", "fvu", ".3f", 1),
+    ("|x^|/|x|", "norm_ratio", ".3f", 1),
+    ("cos", "cosine", ".3f", 1),
+    ("dead %", "dead_share", ".1f", 100),
+    ("dense %", "dense_share", ".1f", 100),
+    ("copies", "n_duplicates", "d", 1),
+    ("loss +", "rise_spliced", ".3f", 1),
+    ("KL", "kl_spliced", ".3f", 1),
+    ("rec. zero", "loss_recovered_zero", ".3f", 1),
+    ("rec. mean", "loss_recovered_mean", ".3f", 1),
+    ("KL rec. zero", "kl_recovered_zero", ".3f", 1),
+    ("KL rec. mean", "kl_recovered_mean", ".3f", 1),
+)
+
+
+def quality_table(qualities: Mapping[str, SiteQuality]) -> str:
+    """Show the quality of SAEs, a site a line; below, why a number is not given.
+
+    Columns: latents; mean active latents of a token; fraction of variance unexplained; norm and cosine of
+    reconstructions; dead, dense and near-copied latents; rise of the loss and KL in nats with the
+    reconstruction in place; loss and KL recovered against zero and mean ablation.
+    """
+    rows = {site: quality.as_row() for site, quality in qualities.items()}
+    columns = [column for column in _QUALITY if any(column[1] in row for row in rows.values())]
+    cells = [
+        [site, *(_number(row.get(key), form, factor) for _, key, form, factor in columns)]
+        for site, row in rows.items()
+    ]
+    notes = [f"{site}: {note}" for site, quality in qualities.items() for note in quality.notes]
+    return "\n".join([text_table(["site", *(column[0] for column in columns)], cells), *notes])
+
+
+def _number(value: int | float | None, form: str, factor: int) -> str:
+    return NO_NUMBER if value is None else f"{value * factor:{form}}"
