@@ -39,6 +39,7 @@ class TrainingFolder:
         self.path = Path(path)
         self._settings = json.loads(json.dumps(settings))
         self._checkpoint_step: int | None = None
+        _delete_halves(self.path)
         inside = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
         if inside and not (self.path / SETTINGS).is_file():
             raise InputError(
@@ -134,3 +135,10 @@ class TrainingFolder:
         """Say that the SAEs are there, and delete the checkpoint."""
         write_json(self.path / DONE, dict(metrics))
         (self.path / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _delete_halves(folder: Path) -> None:
+    """Delete the temporary files that a killed run left beside those it was about to replace."""
+    for name in (SETTINGS, METRICS, CHECKPOINT, DONE):
+        for half in folder.glob(f".{name}.*") if folder.is_dir() else ():
+            half.unlink(missing_ok=True)

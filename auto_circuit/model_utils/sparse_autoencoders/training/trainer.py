@@ -215,9 +215,9 @@ class _Training:
                         self.folder.log(metrics)
                     for callback in callbacks if process_index() == 0 else ():
                         callback(metrics)
-                if self.step < total and (
-                    interrupted.is_set() or time.monotonic() - saved > checkpoint_seconds
-                ):
+                stop = any_of(interrupted.is_set(), self.device)
+                due = stop or time.monotonic() - saved > checkpoint_seconds
+                if due and self.step < total:
                     self._save()
                     saved = time.monotonic()
                 if stop:
