@@ -245,10 +245,80 @@ def test_nodes_need_saes(given: dict[str, str], capsys: Any) -> None:
 
 
 def test_the_choices_are_those_of_the_library() -> None:
-    from auto_circuit import cli
+    from auto_circuit.cli import find as verb
     from auto_circuit.metrics.objectives import OBJECTIVES
     from auto_circuit.patching.ablations import Ablation
     from auto_circuit.prune_algos.edge_attribution import METHODS
 
-    assert tuple(Ablation) == cli._ABLATIONS and tuple(METHODS) == cli._METHODS
-    assert tuple(OBJECTIVES) == cli._OBJECTIVES
+    assert tuple(Ablation) == verb.ABLATIONS and tuple(METHODS) == verb.METHODS
+    assert tuple(OBJECTIVES) == verb.OBJECTIVE_NAMES
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: Any) -> str:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    words = torch.randint(3, 57, (120, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    path.write_text("\n".join(" ".join(f"w{i}" for i in row) for row in words))
+    return str(path)
+
+
+def train(given: dict[str, str], text_file: str, out: Path, *extra: str) -> list[str]:
+    sizes = ["--tokens", "640", "--batch-size", "64", "--latents", "40", "--l0", "4", "--context", "16"]
+    return ["train", "--model", given["model"], "--text", text_file, "--out", str(out), *sizes, *extra]
+
+
+def test_train_then_measure_then_find(
+    given: dict[str, str], text_file: str, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "run"
+    # A family of sites, and prompts beside the text.
+    both = ["--sites", "hook_mlp_out,blocks.1.attn.hook_z", "--task", given["task"], "--task-share", "0.3"]
+    assert main(train(given, text_file, out, *both)) == 0
+    shown = capsys.readouterr().out
+    assert all(f"blocks.{layer}.hook_mlp_out" in shown for layer in range(3)) and "FVU" in shown
+    assert main(train(given, text_file, out, *both)) == 2
+    assert "Resume it" in capsys.readouterr().err
+    assert main(train(given, text_file, out, *both, "--resume", "--json")) == 0
+    rows = json.loads(capsys.readouterr().out)["sites"]
+    assert len(rows) == 4 and all(row["latents"] == 40 and 0 < row["fvu"] < 2 for row in rows.values())
+    measure = ["saes", "eval", "--model", given["model"], "--saes", str(out), "--context", "16"]
+    assert main([*measure, "--text", text_file, "--tokens", "200", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert set(measured) == set(rows) and all(row["kl_spliced"] > 0 for row in measured.values())
+    assert main([*measure, "--task", given["task"], "--tokens", "20", "--no-losses"]) == 0
+    assert "FVU" in capsys.readouterr().out
+    found = ["find", "--model", given["model"], "--saes", str(out), "--task", given["task"], "--json"]
+    assert main(found) == 0
+    assert json.loads(capsys.readouterr().out)["faithfulness_curve"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--sites", "blocks.0.hook_mlp_ou"], "blocks.0.hook_mlp_out"),
+        (["--sites", "hook_mlp_out", "--l0", "-3"], "l0 must be a number above 0"),
+        (["--sites", "hook_mlp_out", "--task", "ioj"], "ioi"),
+        (["--sites", ","], "No sites were given"),
+        (["--sites", "hook_mlp_out", "--text", "/nowhere/at/all.txt"], "no text file or folder"),
+        (["--sites", "hook_mlp_out", "--context", "33"], "at most 32"),
+    ],
+)
+def test_train_refuses_with_a_sentence(
+    extra: list[str], says: str, given: dict[str, str], text_file: str, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(train(given, text_file, tmp_path / "run", *extra)) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_flags_are_those_of_the_library() -> None:
+    from auto_circuit.cli import train as verb
+    from auto_circuit.model_utils.sparse_autoencoders.training import config
+
+    assert config.ARCHITECTURE_NAMES == verb.ARCHITECTURES
+    assert config.LOSSES == verb.LOSSES and config.PENALTIES == verb.PENALTIES
+    defaults = config.TrainingConfig()
+    for _, field, _, _ in verb._NUMBERS:
+        value = getattr(defaults, field)
+        shown = verb._default(field)
+        assert shown == "not given" if value is None else float(shown) == value, field

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from auto_circuit.cli import _parser
+from auto_circuit.cli import parser
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -39,7 +39,7 @@ def test_the_commands_are_commands() -> None:
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("auto-circuit ")]
     assert len(commands) == 3
     for command in commands:
-        _parser().parse_args(command)
+        parser().parse_args(command)
     makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"make ([a-z-]+)", README):
         assert re.search(rf"^{target}:", makefile, re.M), target

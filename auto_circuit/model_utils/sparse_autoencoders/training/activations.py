@@ -65,13 +65,16 @@ def at_sites(model: Any, sites: Sequence[str]) -> AutoencoderTransformer:
     """
     hooked = hooked_model(model)
     names = [sites] if isinstance(sites, str) else list(sites)
-    like = next(model.parameters())
+    device = next(model.parameters()).device
     stand_ins = {}
     for name in names:
         site = hooked.site(name)
         if site.name in stand_ins:
             raise InputError(f"{name} was given twice (as {site.name}); give each site once.")
-        stand_ins[site.name] = SparseAutoencoder(HookPoint(), 1, site.width).to(like.device)
+        shapes = {"bias": (site.width,), "latent_bias": (1,)}
+        shapes |= {"encode_weight": (1, site.width), "decode_weight": (site.width, 1)}
+        zeros = {part: torch.zeros(shape, device=device) for part, shape in shapes.items()}
+        stand_ins[site.name] = SparseAutoencoder.from_state_dict(HookPoint(), zeros)
     if not stand_ins:
         raise InputError("No sites were given. `auto-circuit hooks` lists those of a model.")
     return AutoencoderTransformer(model, stand_ins)

@@ -248,7 +248,12 @@ class GatedCoder(Coder):
 
     def exported(self) -> dict[str, Tensor]:
         """See `Coder.exported`."""
-        return {"gate_bias": torch.zeros_like(self.r_mag), "r_mag": self.r_mag, "mag_bias": self.mag_bias}
+        mag_bias = self.mag_bias + self.latent_bias * self.r_mag.exp()
+        return {"gate_bias": self.latent_bias, "r_mag": self.r_mag, "mag_bias": mag_bias}
+
+    def published_bias(self) -> Tensor:
+        """Return zeros: gate and copy have biases of their own, as SAELens' layout has them."""
+        return torch.zeros_like(self.latent_bias)
 
 
 #: Every architecture by name.

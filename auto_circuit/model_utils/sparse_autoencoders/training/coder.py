@@ -138,6 +138,10 @@ class Coder(nn.Module):
             return self.config.learning_rate
         return self.learning_rate * (2_048 / self.n_latents) ** 0.5
 
+    def published_bias(self) -> Tensor:
+        """Return the bias of the latents as published, in the units of training."""
+        return self.latent_bias
+
     # ---- starting -------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -265,7 +269,7 @@ class Coder(nn.Module):
         in_units = norms / self.scale
         state: dict[str, Any] = {
             "bias": self.bias / self.scale,
-            "latent_bias": self.latent_bias * in_units,
+            "latent_bias": self.published_bias() * in_units,
             "encode_weight": self.encode_weight * norms[:, None],
             "decode_weight": (self.directions / norms[:, None]).T,
         }

@@ -1,8 +1,8 @@
 """What a training step needs of a process group: means, maxima and gathered values; nothing without one."""
 
+import atexit
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,17 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Be in the process group that `torchrun` describes in the environment, where it does."""
+def join(device: torch.device) -> None:
+    """Join the process group that `torchrun` describes in the environment, where it does, until the end."""
     alone = int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available() or dist.is_initialized()
     if alone:
-        yield
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
+    # Not left after one run: a group cannot be made twice at the address that torchrun gave.
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

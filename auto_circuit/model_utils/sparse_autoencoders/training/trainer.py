@@ -41,7 +41,7 @@ from auto_circuit.model_utils.sparse_autoencoders.training.processes import (
     any_of,
     average_gradients,
     from_first,
-    joined,
+    join,
     mean_over,
     n_processes,
     process_index,
@@ -97,23 +97,23 @@ def train_saes(
     """
     config = config or TrainingConfig()
     device = torch.device("cpu") if model is None else next(model.parameters()).device
-    with joined(device):
-        rows = _row_source(model, sites, text, config)
-        settings = {
-            "config": config.as_dict(),
-            "sites": dict(rows.widths),
-            "data": rows.description(),
-            "model": _model_identity(model),
-        }
-        folder = _folder(out, settings, resume)
-        if from_first(folder is not None and folder.is_done):
-            return load_saes(Path(out or ""))
-        if cache is not None and isinstance(rows, ModelActivations):
-            made_of = {"model": settings["model"]}
-            recorded = record_activations(rows, cache, config.n_tokens, made_of, progress=progress)
-            rows = CachedActivations(recorded.folder, list(rows.widths), config.seed)
-        run = _Training(model, rows, config, folder, settings["model"])
-        return run.run(log_every, checkpoint_seconds, progress, callbacks)
+    join(device)
+    rows = _row_source(model, sites, text, config)
+    settings = {
+        "config": config.as_dict(),
+        "sites": dict(rows.widths),
+        "data": rows.description(),
+        "model": _model_identity(model),
+    }
+    folder = _folder(out, settings, resume)
+    if from_first(folder is not None and folder.is_done):
+        return load_saes(Path(out or ""))
+    if cache is not None and isinstance(rows, ModelActivations):
+        made_of = {"model": settings["model"]}
+        recorded = record_activations(rows, cache, config.n_tokens, made_of, progress=progress)
+        rows = CachedActivations(recorded.folder, list(rows.widths), config.seed)
+    run = _Training(model, rows, config, folder, settings["model"])
+    return run.run(log_every, checkpoint_seconds, progress, callbacks)
 
 
 def _folder(out: str | Path | None, settings: Mapping[str, Any], resume: bool) -> TrainingFolder | None:
@@ -167,6 +167,7 @@ class _Training:
         self.device = torch.device("cpu") if model is None else next(model.parameters()).device
         self.coders = {site: make_coder(width, config).to(self.device) for site, width in rows.widths.items()}
         self.optimisers = {site: _adam(coder) for site, coder in self.coders.items()}
+        self._text_start = rows.state()
         self.step = 0
         self.local_steps = config.n_steps
         if config.loss != "local":
@@ -275,6 +276,9 @@ class _Training:
         """Return the losses of an end-to-end step, of about `batch_size` tokens."""
         if self._end_to_end is None or not isinstance(self.rows, ModelActivations):
             raise TypeError("end-to-end steps need a model")
+        if self.step == self.local_steps:
+            # From the beginning of the text: where the buffer has got to differs with the processes.
+            self.rows.restore(self._text_start)
         tokens = self.rows.tokens.next_batch(self.config.batch_size)
         if len(tokens) < n_processes():
             raise InputError(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, make_prompts
+from conftest import VOCAB, build_model, make_prompts
 
 from auto_circuit import load_saes, sae_model
 from auto_circuit.errors import InputError, TrainingError
@@ -88,6 +88,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
 def test_what_a_run_leaves(shared_model: Callable[..., Any], tmp_path: Path) -> None:
     model = shared_model("gpt2")
+    train(model)  # whatever a first run sets up
     seen: list[dict[str, Any]] = []
     before = {name: p.clone() for name, p in model.named_parameters()}
     torch.manual_seed(5)
@@ -196,7 +197,8 @@ def test_an_interrupt_saves_and_the_next_run_goes_on(
 
 
 def _script(body: str, out: Path) -> list[str]:
-    head = f"import sys\nsys.path[:0] = [{str(HERE.parents[3])!r}, {str(HERE.parent)!r}]\nimport conftest, test_trainer as t\n"
+    paths = [str(HERE.parents[3]), str(HERE.parent)]
+    head = f"import sys\nsys.path[:0] = {paths!r}\nimport conftest, test_trainer as t\n"
     path = out / "script.py"
     path.write_text(head + body)
     return [str(path)]
@@ -254,7 +256,7 @@ assert os.waitpid(run("killed"), 0)[1] == 0
     assert not list((tmp_path / "killed").glob(".checkpoint*"))  # nor halves left behind
 
 
-def test_two_processes_give_the_curve_of_one(shared_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
     cases = [("batchtopk", "local"), ("jumprelu", "local"), ("relu", "end_to_end")]
     body = f"""
 from pathlib import Path
@@ -264,12 +266,8 @@ for architecture, loss in {cases!r}:
     cfg = t.config(architecture=architecture, loss=loss, dead_after_tokens=100)
     t.train(model, cfg=cfg, out=out / f"two-{{architecture}}")
 """
-    model = None
+    model = build_model("gpt2", tmp_path / "models")
     for architecture, loss in cases:
-        if model is None:
-            from conftest import build_model
-
-            model = build_model("gpt2", tmp_path / "models")
         cfg = config(architecture=architecture, loss=loss, dead_after_tokens=100)
         train(model, cfg=cfg, out=tmp_path / f"one-{architecture}")
     port = 20_000 + random.Random(str(tmp_path)).randrange(20_000)

@@ -1,64 +1,29 @@
-"""The command line: `auto-circuit VERB …`; each verb is a few calls into the rooms below.
-
-Nothing heavy is imported until a verb runs, so that `--help` answers at once.
-"""
+"""`auto-circuit find`: score nodes or edges on a task, and measure how faithful the best ones are."""
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
-from auto_circuit.errors import AutoCircuitError, InputError
+from auto_circuit.cli.arguments import add_model, load_model, positive, say
+from auto_circuit.errors import InputError
 
-_DTYPES = ("float32", "bfloat16", "float16")
-_ABLATIONS = ("resample", "zero", "mean", "mean_clean", "mean_both", "mean_batch", "mean_positions")
-_METHODS = ("eap", "clean-corrupt", "mask", "mask-ig", "ig-inputs", "ig-activations")
-_OBJECTIVES = ("logit_diff", "answer_log_prob", "prob_diff")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 2 wrong input, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], None] = arguments.run
-    try:
-        run(arguments)
-    except AutoCircuitError as error:
-        sys.stderr.write(f"auto-circuit: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("auto-circuit: interrupted; what was written so far is whole.\n")
-        return 130
-    except BrokenPipeError:
-        with suppress(BrokenPipeError):
-            sys.stdout.close()
-        return 0
-    return 0
+ABLATIONS = ("resample", "zero", "mean", "mean_clean", "mean_both", "mean_batch", "mean_positions")
+METHODS = ("eap", "clean-corrupt", "mask", "mask-ig", "ig-inputs", "ig-activations")
+OBJECTIVE_NAMES = ("logit_diff", "answer_log_prob", "prob_diff")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="auto-circuit",
-        description="Circuits of sparse-autoencoder latents and errors in TransformerLens models.",
-    )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-
-    hooks = verbs.add_parser("hooks", help="list the sites of a model where an SAE can stand")
-    _add_model(hooks)
-    hooks.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    hooks.set_defaults(run=_hooks)
-
+def add(verbs: Any) -> None:
+    """Add the verb."""
     find = verbs.add_parser(
         "find",
         help="score latents and errors, or edges, on a task, and measure how faithful the best ones are",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    _add_model(find)
+    add_model(find)
     _add_what(find)
     _add_how(find)
     find.set_defaults(run=_find)
-    return parser
 
 
 def _add_what(find: argparse.ArgumentParser) -> None:
@@ -71,7 +36,7 @@ def _add_what(find: argparse.ArgumentParser) -> None:
     )
     find.add_argument("--sites", metavar="NAMES", help="use only these SAEs, names separated by commas")
     find.add_argument(
-        "--max-latents", type=_positive, metavar="N", help="first prune each SAE to at most N active latents"
+        "--max-latents", type=positive, metavar="N", help="first prune each SAE to at most N active latents"
     )
     find.add_argument(
         "--no-error-nodes",
@@ -81,18 +46,18 @@ def _add_what(find: argparse.ArgumentParser) -> None:
     )
     find.add_argument("--per-position", action="store_true", help="a node or edge for each token position")
     find.add_argument("--task", default="ioi", help="a task (ioi) or a JSON file of prompts")
-    find.add_argument("--prompts", type=_positive, default=32, metavar="N", help="number of prompt pairs")
+    find.add_argument("--prompts", type=positive, default=32, metavar="N", help="number of prompt pairs")
     find.add_argument("--seed", type=int, default=0, help="of the task's prompts")
 
 
 def _add_how(find: argparse.ArgumentParser) -> None:
     """Say how to score, measure and show."""
-    find.add_argument("--objective", choices=_OBJECTIVES, default="logit_diff", help="what to explain")
-    find.add_argument("--ablation", choices=_ABLATIONS, default="resample", help="what ablated ones write")
-    find.add_argument("--method", choices=_METHODS, default="eap", help="how to score edges")
+    find.add_argument("--objective", choices=OBJECTIVE_NAMES, default="logit_diff", help="what to explain")
+    find.add_argument("--ablation", choices=ABLATIONS, default="resample", help="what ablated ones write")
+    find.add_argument("--method", choices=METHODS, default="eap", help="how to score edges")
     find.add_argument(
         "--ig-steps",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="points of integrated gradients (nodes: none, attribution; edges: 5, for the methods with ig)",
     )
@@ -101,51 +66,14 @@ def _add_how(find: argparse.ArgumentParser) -> None:
     )
     find.add_argument("--signed", action="store_true", help="rank by score, not by absolute score")
     find.add_argument(
-        "--top", type=_positive, default=5, metavar="N", help="nodes to show for each site (edges: 4 N)"
+        "--top", type=positive, default=5, metavar="N", help="nodes to show for each site (edges: 4 N)"
     )
     find.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="prompts in a pass; else 32 (edges: or what fits)"
+        "--batch-size", type=positive, metavar="N", help="prompts in a pass; else 32 (edges: or what fits)"
     )
     find.add_argument("--memory-limit", type=float, metavar="GIB", help="for edges; else what is free")
     find.add_argument("--out", metavar="DIR", help="write the results folder here")
     find.add_argument("--json", action="store_true", help="print JSON instead of tables")
-
-
-def _positive(text: str) -> int:
-    """Read a whole number of at least 1."""
-    number = int(text) if text.strip().lstrip("+-").isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, given {text!r}")
-    return number
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", default="smollm2-135m", help="smollm2-135m, a folder, or a name on the hub (%(default)s)"
-    )
-    parser.add_argument("--device", default="cpu", help="where to compute, such as cpu or cuda (%(default)s)")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the model (%(default)s)")
-
-
-def _load_model(arguments: argparse.Namespace) -> Any:
-    import torch
-
-    from auto_circuit.model_utils.model_loading import load_model
-
-    return load_model(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
-
-
-def _hooks(arguments: argparse.Namespace) -> None:
-    from auto_circuit.model_utils.hooked_model import SITE_KINDS, hooked_model
-    from auto_circuit.visualize.tables import text_table
-
-    sites = hooked_model(_load_model(arguments)).sites()
-    if arguments.json:
-        rows = [{"site": s.name, "canonical": s.canonical, "shape": ["batch", "seq", s.width]} for s in sites]
-        _say(json.dumps(rows, indent=2))
-        return
-    rows = [[s.name, f"[batch, seq, {s.width}]", s.canonical, SITE_KINDS[s.kind]] for s in sites]
-    _say(text_table(["site", "shape", "TransformerLens' name", "what it is"], rows))
 
 
 def _find(arguments: argparse.Namespace) -> None:
@@ -158,7 +86,7 @@ def _find(arguments: argparse.Namespace) -> None:
     asked = {key: value for key, value in vars(arguments).items() if key != "run"}
     if arguments.out:
         Run.check(arguments.out)
-    model = _load_model(arguments)
+    model = load_model(arguments)
     spliced, left_out = _spliced(arguments, model)
     prompts = load_prompts(arguments.task, model, arguments.prompts, arguments.seed)
     run = Run(arguments.out, {**asked, "left_out": left_out}) if arguments.out else None
@@ -188,7 +116,7 @@ def _find(arguments: argparse.Namespace) -> None:
         run.measured(scores, curve)
     _show_found(arguments, scores, curve, pruning, left_out)
     if run and not arguments.json:
-        _say(f"\nWritten: {run.folder}/ (open report.html)")
+        say(f"\nWritten: {run.folder}/ (open report.html)")
 
 
 def _check_find(arguments: argparse.Namespace) -> None:
@@ -284,22 +212,22 @@ def _show_found(
             found["nodes"] = [asdict(node) for nodes in per_site for node in nodes]
         if pruning is not None:
             found["pruning"] = asdict(pruning)
-        _say(json.dumps(found, indent=2, allow_nan=False))
+        say(json.dumps(found, indent=2, allow_nan=False))
         return
     if pruning is not None:
-        _say(f"{pruning}\n")
+        say(f"{pruning}\n")
     if left_out:
         names = ", ".join(left_out)
-        _say(
+        say(
             f"Left out: {names}, on the residual stream, which they cut; edges across them are not defined.\n"
         )
-    _say(
+    say(
         f"{arguments.task}, {curve.n_prompts} prompts, {arguments.objective}: {curve.full:.3f} for the plain "
         f"model, {curve.empty:.3f} with all {len(scores):,} {curve.unit} ablated ({curve.ablation}).\n"
     )
     show = edge_table if of_edges else node_table
-    _say(show(scores, 4 * arguments.top if of_edges else arguments.top, signed=arguments.signed))
-    _say("\n" + curve_table(curve))
+    say(show(scores, 4 * arguments.top if of_edges else arguments.top, signed=arguments.signed))
+    say("\n" + curve_table(curve))
 
 
 def _saes(arguments: argparse.Namespace, model: Any) -> Any:
@@ -321,12 +249,3 @@ def _saes(arguments: argparse.Namespace, model: Any) -> Any:
             f"{arguments.neurons!r}."
         ) from error
     return neuron_saes(model, layers)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
