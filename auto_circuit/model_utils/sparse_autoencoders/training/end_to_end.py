@@ -98,9 +98,12 @@ class EndToEndLoss:
     @staticmethod
     def _losses(coder: Coder, rows: Tensor, written: Tensor, coded: Coded, pre: Tensor) -> Losses:
         error = (rows - written).detach()
-        total = coder.sparsity_loss(coded) + coder.revival(rows - coder.bias.detach(), pre, error)
-        fvu = error.square().sum() / (coder.variance * len(rows))
-        return Losses(total, fvu, coder.l0(coded), coder.fired(coded))
+        # Processes have unlike numbers of counted rows: their means are weighted by them.
+        n_rows = mean_over(torch.tensor(float(len(rows)), device=rows.device))
+        weight = len(rows) / n_rows
+        total = weight * coder.sparsity_loss(coded) + coder.revival(rows - coder.bias.detach(), pre, error)
+        fvu = error.square().sum() / (coder.variance * n_rows)
+        return Losses(total, fvu, weight * coder.l0(coded), coder.fired(coded))
 
     @contextmanager
     def _recorded(self, run: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> Iterator[dict[str, Tensor]]:
