@@ -35,8 +35,8 @@ oracles:
 	.venv-oracles/bin/pip install --disable-pip-version-check -q -c .venv-oracles/constraints.txt sae-lens eai-sparsify
 	.venv-oracles/bin/python -m pytest
 
-# auto-circuit 1.0.1 in an environment of its own, to compare with.
-bench-peers: .venv-peers/.ready
+# auto-circuit 1.0.1, and SAELens 6.54, each in an environment of its own, to compare with.
+bench-peers: .venv-peers/.ready .venv-saelens/.ready
 
 .venv-peers/.ready: benchmarks/peers-requirements.txt
 	$(PYTHON) -m venv .venv-peers
@@ -44,8 +44,14 @@ bench-peers: .venv-peers/.ready
 	.venv-peers/bin/pip install --disable-pip-version-check -q -r benchmarks/peers-requirements.txt
 	touch $@
 
+.venv-saelens/.ready: benchmarks/sae-lens-requirements.txt
+	$(PYTHON) -m venv .venv-saelens
+	.venv-saelens/bin/pip install --disable-pip-version-check -q torch==2.13.0
+	.venv-saelens/bin/pip install --disable-pip-version-check -q -r benchmarks/sae-lens-requirements.txt
+	touch $@
+
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv .venv-oracles .venv-peers .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oracles .venv-peers .venv-saelens .pytest_cache .ruff_cache
