@@ -6,7 +6,7 @@ LENS ?= 4.3.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -q
 
-.PHONY: demo test check bench bench-peers oracles clean
+.PHONY: demo test check bench bench-train bench-peers oracles clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,10 @@ bench-peers: .venv-peers/.ready .venv-saelens/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/run.py
+
+# Training beside SAELens; needs the text of the fixtures, or TEXT=FILE.txt.gz.
+bench-train: $(VENV)/.ready
+	$(BIN)/python benchmarks/train.py $(if $(TEXT),--text $(TEXT))
 
 clean:
 	rm -rf .venv .venv-oracles .venv-peers .venv-saelens .pytest_cache .ruff_cache

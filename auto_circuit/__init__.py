@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from auto_circuit.model_utils.sparse_autoencoders.quality import sae_quality
     from auto_circuit.model_utils.sparse_autoencoders.quality_results import SiteQuality
     from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
+    from auto_circuit.model_utils.sparse_autoencoders.training.activation_cache import CachedActivations
+    from auto_circuit.model_utils.sparse_autoencoders.training.config import TrainingConfig
+    from auto_circuit.model_utils.sparse_autoencoders.training.trainer import train_saes
     from auto_circuit.patching.ablations import Ablation, GraphRecorder
     from auto_circuit.patching.edge_patching import PatchType, run_circuits
     from auto_circuit.prune_algos.edge_attribution import edge_attribution
@@ -51,6 +54,9 @@ _WHERE = {
     f"{_SAE}.quality": ("sae_quality",),
     f"{_SAE}.quality_results": ("SiteQuality",),
     f"{_SAE}.sparse_autoencoder": ("SparseAutoencoder",),
+    f"{_SAE}.training.activation_cache": ("CachedActivations",),
+    f"{_SAE}.training.config": ("TrainingConfig",),
+    f"{_SAE}.training.trainer": ("train_saes",),
     "auto_circuit.patching.ablations": ("Ablation", "GraphRecorder"),
     "auto_circuit.patching.edge_patching": ("PatchType", "run_circuits"),
     "auto_circuit.prune_algos.edge_attribution": ("edge_attribution",),
@@ -63,6 +69,7 @@ __all__ = [
     "Ablation",
     "AutoCircuitError",
     "AutoencoderTransformer",
+    "CachedActivations",
     "Circuit",
     "CircuitGraph",
     "Edge",
@@ -78,6 +85,7 @@ __all__ = [
     "PruneScores",
     "SiteQuality",
     "SparseAutoencoder",
+    "TrainingConfig",
     "answer_log_prob",
     "edge_attribution",
     "exact_node_effects",
@@ -94,6 +102,7 @@ __all__ = [
     "sae_model",
     "sae_quality",
     "save_saes",
+    "train_saes",
 ]
 
 

@@ -135,7 +135,7 @@ class JumpReLUCoder(Coder):
     bandwidth: Tensor
 
     #: Width of the kernel, as a share of the first threshold.
-    _BAND = 0.5
+    _BAND = 0.25
     _TANH = 4.0
 
     def __init__(self, n_latents: int, n_inputs: int, config: TrainingConfig) -> None:
@@ -143,7 +143,7 @@ class JumpReLUCoder(Coder):
         self.threshold = nn.Parameter(torch.zeros(n_latents))
         self.register_buffer("bandwidth", torch.ones(()))
         self.controlled = config.penalty == "tanh"
-        self.coefficient.fill_(1e-3 if self.controlled else 0.1)
+        self.coefficient.fill_(1e-3 if self.controlled else 1.0)
 
     def sparsify(self, pre: Tensor, l0: float) -> None:
         """Start every threshold where `l0` latents of a row are active."""
