@@ -41,6 +41,10 @@ class ModelLoadError(AutoCircuitError, RuntimeError):
     """A model cannot be loaded; the message says which command or folder is missing."""
 
 
+class TrainingError(AutoCircuitError, RuntimeError):
+    """Training did not reach what was asked; nothing was written."""
+
+
 def nearest(given: str, valid: Iterable[str], n: int = 4) -> list[str]:
     """Return the up to `n` names of `valid` most like `given`, best first.
 

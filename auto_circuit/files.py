@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost: beside the old one, then renamed over it."""
+"""Writing files and folders so that nothing is lost: beside the old one, then renamed over it."""
 
 import json
 import os
@@ -20,12 +20,38 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        _allow_what_is_usual(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _allow_what_is_usual(file: Path) -> None:
+    """Give a file the permissions of an ordinary new one; temporary files and safetensors have fewer."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`; on success it takes the place of `path`, else it is deleted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                _allow_what_is_usual(file)
+        if path.exists():
+            path.replace(old)
+        try:
+            new.replace(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,11 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from auto_circuit.data.prompts import PromptDataset, read_prompts
+from auto_circuit.data.tasks.agreement import agreement_prompts
+from auto_circuit.data.tasks.induction import induction_prompts
 from auto_circuit.data.tasks.ioi import ioi_prompts
+from auto_circuit.data.tasks.successor import successor_prompts
 from auto_circuit.errors import unknown_name
 
 #: Task name → function of (model, n, seed, prepend_bos=…).
-TASKS: dict[str, Callable[..., PromptDataset]] = {"ioi": ioi_prompts}
+TASKS: dict[str, Callable[..., PromptDataset]] = {
+    "ioi": ioi_prompts,
+    "induction": induction_prompts,
+    "successor": successor_prompts,
+    "agreement": agreement_prompts,
+}
 
 
 def load_prompts(

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from auto_circuit.data.prompts import PromptDataset, PromptPair
+from auto_circuit.data.tasks.words import different_pairs, single_tokens
 from auto_circuit.errors import PromptError
 
-NAMES = (
+NAMES: Sequence[str] = (
     "Mary John Tom James Dan Martin Amy Paul Sarah Laura Alice Bob David Anna Mark Peter Emma Jack Kate "
     "Lucy Simon Jane Robert Michael Adam Eric Kevin Lisa Rachel Steven Susan Henry George Helen Frank Ruth "
     "William Charles Thomas Daniel Andrew Joseph Richard Elizabeth Jennifer Linda Jessica Karen Nancy Brian"
@@ -42,23 +43,17 @@ def ioi_prompts(model: Any, n: int = 64, seed: int = 0, *, prepend_bos: bool | N
         PromptError: when the tokenizer has fewer than three of the names as one token, or there are
             not `n` different prompts.
     """
-    if n < 1:
-        raise PromptError(f"n must be at least 1; given {n}.")
-    names, places, objects = (_single(words, model) for words in (NAMES, PLACES, OBJECTS))
+    names, places, objects = (single_tokens(words, model) for words in (NAMES, PLACES, OBJECTS))
     if len(names) < 3 or not places or not objects:
         raise PromptError(
             f"IOI needs three names, a place and an object that are one token each; this tokenizer has "
             f"{len(names)} names, {len(places)} places and {len(objects)} objects of ours. Give prompts "
             f"of your own as JSON."
         )
-    rng = random.Random(seed)
-    pairs: dict[str, PromptPair] = {}
-    for _attempt in range(100 * n):
-        pair = _pair(rng, names, places, objects, abb=len(pairs) % 2 == 0)
-        pairs.setdefault(pair.clean, pair)
-        if len(pairs) == n:
-            return PromptDataset(list(pairs.values()), model, prepend_bos=prepend_bos)
-    raise PromptError(f"Only {len(pairs)} different IOI prompts exist for this tokenizer; asked for {n}.")
+    pairs = different_pairs(
+        "IOI", n, seed, lambda rng, made: _pair(rng, names, places, objects, abb=made % 2 == 0)
+    )
+    return PromptDataset(pairs, model, prepend_bos=prepend_bos)
 
 
 def _pair(
@@ -74,15 +69,3 @@ def _pair(
         answers=(f" {a}",),
         wrong_answers=(f" {b}",),
     )
-
-
-def _single(words: Sequence[str], model: Any) -> list[str]:
-    """Return the words that are one token after a space, in any context."""
-
-    def ids(text: str) -> list[int]:
-        return model.to_tokens(text, prepend_bos=False)[0].tolist()
-
-    stem = ids("and")
-    unknown = getattr(getattr(model, "tokenizer", None), "unk_token_id", None)
-    found = {word: ids(f"and {word}") for word in words}
-    return [w for w, tokens in found.items() if len(tokens) == len(stem) + 1 and tokens[-1] != unknown]
