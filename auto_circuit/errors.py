@@ -30,7 +30,7 @@ class CheckpointError(AutoCircuitError, ValueError):
 
 
 class TrainingError(AutoCircuitError, RuntimeError):
-    """Training cannot go on; the message names the step, the site and the last good checkpoint."""
+    """Training cannot go on, or did not reach what was asked; the message says what is kept."""
 
 
 class PromptError(AutoCircuitError, ValueError):
@@ -39,10 +39,6 @@ class PromptError(AutoCircuitError, ValueError):
 
 class ModelLoadError(AutoCircuitError, RuntimeError):
     """A model cannot be loaded; the message says which command or folder is missing."""
-
-
-class TrainingError(AutoCircuitError, RuntimeError):
-    """Training did not reach what was asked; nothing was written."""
 
 
 def nearest(given: str, valid: Iterable[str], n: int = 4) -> list[str]:

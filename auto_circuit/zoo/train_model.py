@@ -92,7 +92,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> tuple[Any, int]:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
-    rows = _batches(recipe, tokenizer)
+    rows = sentence_batches(recipe, tokenizer)
     step, end, accuracy = 0, recipe.max_steps + recipe.n_cooldown, {}
     bar = tqdm(total=end, desc="training", unit="step", disable=not progress)
     while step < end:
@@ -137,7 +137,7 @@ def _fresh_model(recipe: Recipe, tokenizer: Any) -> Any:
     return GPT2LMHeadModel(config)
 
 
-def _batches(recipe: Recipe, tokenizer: Any) -> Iterator[Int[Tensor, "batch seq"]]:
+def sentence_batches(recipe: Recipe, tokenizer: Any) -> Iterator[Int[Tensor, "batch seq"]]:
     """Yield rows without end: BOS, as many whole sentences as fit, EOS, padding."""
     rng = random.Random(recipe.seed)
     rows: list[list[int]] = []
