@@ -100,8 +100,8 @@ def make_saes(out: Path, config: TrainingConfig = RECIPE, *, progress: bool = Tr
         ]
         if missed:
             raise TrainingError(
-                f"Required are FVU ≤ {MOST_FVU} and L0 ≤ {MOST_L0:g}; missed by {'; '.join(missed)}. Nothing was "
-                f"written; train on more tokens."
+                f"Required are FVU ≤ {MOST_FVU} and L0 ≤ {MOST_L0:g}; missed by {'; '.join(missed)}. "
+                f"Nothing was written; train on more tokens."
             )
         took = f"{seconds / 60:.1f} minutes ({cpu_seconds / 60:.1f} of processor time)"
         write_text(folder / "README.md", _card(config, measured, took))
@@ -114,19 +114,18 @@ def _card(config: TrainingConfig, measured: Mapping[str, SiteQuality], took: str
         row = quality.as_row()
         recovered = [row.get(f"loss_recovered_{by}") for by in ("zero", "mean")]
         shown = ["–" if value is None else f"{value:.3f}" for value in recovered]
-        rows.append(
-            f"| {site} | {quality.l0:.1f} | {quality.fvu:.4f} | {row['dead_share']:.1%} | {row['kl_spliced']:.4f} "
-            f"| {shown[0]} | {shown[1]} |"
-        )
+        numbers = f"{quality.l0:.1f} | {quality.fvu:.4f} | {row['dead_share']:.1%} | {row['kl_spliced']:.4f}"
+        rows.append(f"| {site} | {numbers} | {shown[0]} | {shown[1]} |")
     settings = [f"| {name} | {value} |" for name, value in config.as_dict().items()]
     return f"""# SAEs of the tiny model
 
-{len(measured)} SAEs of {config.latents_of(64)} latents each, in SAELens' layout: `auto_circuit.load_saes("tiny")`.
+{len(measured)} SAEs of {config.latents_of(64)} latents each, in SAELens' layout:
+`auto_circuit.load_saes("tiny")`.
 
 ## How good they are
 
-On {N_TEST:,} tokens of sentences from another seed than those of training (`auto_circuit.sae_quality`; KL in nats,
-with the one reconstruction in place; loss recovered against zero and mean ablation):
+On {N_TEST:,} tokens of sentences from another seed than those of training (`auto_circuit.sae_quality`;
+KL in nats, with the one reconstruction in place; loss recovered against zero and mean ablation):
 
 | site | L0 | FVU | dead | KL | recovered, zero | recovered, mean |
 |---|---|---|---|---|---|---|
@@ -134,8 +133,9 @@ with the one reconstruction in place; loss recovered against zero and mean ablat
 
 ## How they were made
 
-`python -m auto_circuit.zoo.make_saes --out DIR`, after `make_tiny`: all sites from the same forward passes, {took},
-with torch {version("torch")}. The same seed and threads give the same weights on the same machine.
+`python -m auto_circuit.zoo.make_saes --out DIR`, after `make_tiny`: all sites from the same forward
+passes, {took}, with torch {version("torch")}. The same seed and
+threads give the same weights on the same machine.
 
 | setting | value |
 |---|---|

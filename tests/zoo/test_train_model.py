@@ -6,7 +6,7 @@ import torch
 
 from auto_circuit.errors import InputError
 from auto_circuit.zoo.language import build_tokenizer, sentence
-from auto_circuit.zoo.train_model import HELD_OUT, Recipe, Tokenises, _batches, measure, train
+from auto_circuit.zoo.train_model import HELD_OUT, Recipe, Tokenises, measure, sentence_batches, train
 
 
 def test_measuring_a_model_that_always_says_is() -> None:
@@ -29,7 +29,7 @@ def test_measuring_a_model_that_always_says_is() -> None:
 def test_rows_hold_whole_sentences() -> None:
     recipe, tokenizer = Recipe(batch_size=8), build_tokenizer(64)
     rng = random.Random(recipe.seed)
-    batch = next(_batches(recipe, tokenizer))
+    batch = next(sentence_batches(recipe, tokenizer))
     assert batch.shape == (8, 64)
     for row in batch.tolist():
         end = row.index(tokenizer.eos_token_id)

@@ -13,6 +13,10 @@ from auto_circuit.errors import CheckpointError, listed, unknown_name
 from auto_circuit.model_utils.sparse_autoencoders.checkpoints.checkpoint_format import CheckpointFormat
 from auto_circuit.model_utils.sparse_autoencoders.checkpoints.sae_lens import SAE_LENS
 from auto_circuit.model_utils.sparse_autoencoders.sparse_autoencoder import SparseAutoencoder
+from auto_circuit.zoo import TINY
+
+#: SAEs that ship in the package, by name; a folder of that name comes first.
+PACKAGED_SAES: dict[str, Path] = {"tiny": TINY / "saes"}
 
 #: Every format by name.
 FORMATS: dict[str, CheckpointFormat] = {fmt.name: fmt for fmt in (SAE_LENS,)}
@@ -28,7 +32,8 @@ def load_saes(
     """Load one SAE, or a folder of them, in the canonical form.
 
     Args:
-        path: the folder of one SAE, or a folder with such folders at any depth.
+        path: the folder of one SAE, or a folder with such folders at any depth; or `tiny`, the SAEs of the
+            packaged tiny model.
         sites: load only these, by the names in their files; None: all.
         device: where their tensors go.
         dtype: of their tensors; None: as stored.
@@ -44,7 +49,12 @@ def load_saes(
     """
     root = Path(path)
     if not root.is_dir():
-        raise CheckpointError(f"{root} is no folder. Expected a folder with SAEs in it ({_known()}).")
+        root = PACKAGED_SAES.get(str(path).lower(), root)
+    if not root.is_dir():
+        raise CheckpointError(
+            f"{root} is no folder. Expected a folder with SAEs in it ({_known()}), or packaged SAEs "
+            f"({listed([*PACKAGED_SAES])})."
+        )
     found = sorted(folder for folder in (root, *root.rglob("*")) if folder.is_dir() and _format(folder))
     if not found:
         inside = listed(sorted(entry.name for entry in root.iterdir())) or "nothing"
