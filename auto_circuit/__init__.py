@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from auto_circuit.data.prompts import PromptBatch, PromptDataset, PromptPair, read_prompts
     from auto_circuit.data.tasks import load_prompts
+    from auto_circuit.data.text import token_batches
     from auto_circuit.errors import AutoCircuitError
     from auto_circuit.graph.circuit_graph import CircuitGraph
     from auto_circuit.graph.edge_ends import Edge
@@ -39,6 +40,7 @@ _SAE = "auto_circuit.model_utils.sparse_autoencoders"
 _WHERE = {
     "auto_circuit.data.prompts": ("PromptBatch", "PromptDataset", "PromptPair", "read_prompts"),
     "auto_circuit.data.tasks": ("load_prompts",),
+    "auto_circuit.data.text": ("token_batches",),
     "auto_circuit.errors": ("AutoCircuitError",),
     "auto_circuit.graph.circuit_graph": ("CircuitGraph",),
     "auto_circuit.graph.edge_ends": ("Edge",),
@@ -102,6 +104,7 @@ __all__ = [
     "sae_model",
     "sae_quality",
     "save_saes",
+    "token_batches",
     "train_saes",
 ]
 

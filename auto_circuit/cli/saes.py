@@ -38,7 +38,7 @@ def add(verbs: Any) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from auto_circuit.data.text import token_source
+    from auto_circuit.data.text import token_batches
     from auto_circuit.model_utils.sparse_autoencoders.checkpoints import load_saes
     from auto_circuit.model_utils.sparse_autoencoders.quality import sae_quality
     from auto_circuit.visualize.tables import quality_table
@@ -49,12 +49,16 @@ def _eval(arguments: argparse.Namespace) -> None:
         sites=arguments.sites.split(",") if arguments.sites else None,
         device=arguments.device,
     )
-    source = token_source(model, text_of(arguments, model), context_length=arguments.context)
-    size = arguments.batch_tokens
+    tokens = token_batches(
+        model,
+        text_of(arguments, model),
+        batch_tokens=arguments.batch_tokens,
+        context_length=arguments.context,
+    )
     qualities = sae_quality(
         model,
         saes,
-        iter(lambda: source.next_batch(size), None),
+        tokens,
         n_tokens=arguments.tokens,
         losses=arguments.losses,
         progress=sys.stderr.isatty(),

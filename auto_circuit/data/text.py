@@ -92,6 +92,25 @@ def token_source(model: Any, text: Any, *, context_length: int = 128, seed: int 
     return TextTokens(documents, tokenizer, context_length, named)
 
 
+def token_batches(
+    model: Any, text: Any, *, batch_tokens: int = 1_024, context_length: int = 128, seed: int = 0
+) -> Iterator[Tensor]:
+    """Yield batches of token ids `[rows, length]` of text, prompts or both, without end.
+
+    Args:
+        model: what tokenises.
+        text: see `token_source`.
+        batch_tokens: about how many tokens a batch has.
+        context_length: tokens of a context of text, BOS included.
+        seed: of the order of prompts.
+
+    Raises:
+        InputError: see `token_source`.
+    """
+    source = token_source(model, text, context_length=context_length, seed=seed)
+    return iter(lambda: source.next_batch(batch_tokens), None)
+
+
 class TextTokens:
     """Contexts of consecutive tokens of documents.
 
