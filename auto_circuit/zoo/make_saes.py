@@ -94,9 +94,9 @@ def make_saes(out: Path, config: TrainingConfig = RECIPE, *, progress: bool = Tr
         tokens = iter(lambda: test.next_batch(0), None)
         measured = sae_quality(model, load_saes(folder), tokens, n_tokens=N_TEST, progress=progress)
         missed = [
-            f"{site}: FVU {quality.fvu:.4f}, L0 {quality.l0:.1f}"
+            f"{site}: FVU {quality.fvu}, L0 {quality.l0:.1f}"
             for site, quality in measured.items()
-            if quality.fvu > MOST_FVU or quality.l0 > MOST_L0
+            if quality.fvu is None or quality.fvu > MOST_FVU or quality.l0 > MOST_L0
         ]
         if missed:
             raise TrainingError(
@@ -114,7 +114,7 @@ def _card(config: TrainingConfig, measured: Mapping[str, SiteQuality], took: str
         row = quality.as_row()
         recovered = [row.get(f"loss_recovered_{by}") for by in ("zero", "mean")]
         shown = ["–" if value is None else f"{value:.3f}" for value in recovered]
-        numbers = f"{quality.l0:.1f} | {quality.fvu:.4f} | {row['dead_share']:.1%} | {row['kl_spliced']:.4f}"
+        numbers = f"{quality.l0:.1f} | {row['fvu']:.4f} | {row['dead_share']:.1%} | {row['kl_spliced']:.4f}"
         rows.append(f"| {site} | {numbers} | {shown[0]} | {shown[1]} |")
     settings = [f"| {name} | {value} |" for name, value in config.as_dict().items()]
     return f"""# SAEs of the tiny model

@@ -25,7 +25,7 @@ def test_the_shipped_saes_reach_what_is_required(tiny: Any) -> None:
     tokens = iter(lambda: sentences.next_batch(0), None)
     measured = ac.sae_quality(tiny, saes, tokens, n_tokens=6_000, losses=False, progress=False)
     for site, quality in measured.items():
-        assert quality.fvu <= MOST_FVU, site
+        assert quality.fvu is not None and quality.fvu <= MOST_FVU, site
         assert quality.l0 <= MOST_L0, site
         assert f"| {site} |" in (TINY / "saes" / "README.md").read_text()
 

@@ -264,12 +264,14 @@ out = Path({str(tmp_path)!r})
 model = conftest.build_model("gpt2", out / "models")
 for architecture, loss in {cases!r}:
     cfg = t.config(architecture=architecture, loss=loss, dead_after_tokens=100)
-    t.train(model, cfg=cfg, out=out / f"two-{{architecture}}")
+    cache = out / "two-cache" if architecture == "jumprelu" else None
+    t.train(model, cfg=cfg, out=out / f"two-{{architecture}}", cache=cache)
 """
     model = build_model("gpt2", tmp_path / "models")
     for architecture, loss in cases:
         cfg = config(architecture=architecture, loss=loss, dead_after_tokens=100)
-        train(model, cfg=cfg, out=tmp_path / f"one-{architecture}")
+        cache = tmp_path / "one-cache" if architecture == "jumprelu" else None
+        train(model, cfg=cfg, out=tmp_path / f"one-{architecture}", cache=cache)
     port = 20_000 + random.Random(str(tmp_path)).randrange(20_000)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
     done = subprocess.run(
