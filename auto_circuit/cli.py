@@ -80,7 +80,7 @@ def _add_what(find: argparse.ArgumentParser) -> None:
         help="let reconstructions stand for the activations, errors dropped",
     )
     find.add_argument("--per-position", action="store_true", help="a node or edge for each token position")
-    find.add_argument("--task", default="ioi", help="a task (ioi) or a JSON file of prompts")
+    find.add_argument("--task", default="ioi", help="ioi, induction, successor, agreement, or a JSON file")
     find.add_argument("--prompts", type=_positive, default=32, metavar="N", help="number of prompt pairs")
     find.add_argument("--seed", type=int, default=0, help="of the task's prompts")
 
@@ -121,7 +121,9 @@ def _positive(text: str) -> int:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="smollm2-135m", help="smollm2-135m, a folder, or a name on the hub (%(default)s)"
+        "--model",
+        default="smollm2-135m",
+        help="tiny, smollm2-135m, a folder, or a name on the hub (%(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="where to compute, such as cpu or cuda (%(default)s)")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the model (%(default)s)")
