@@ -105,6 +105,14 @@ def tokens() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
+def tiny() -> Any:
+    """The packaged tiny model, shared by the tests: leave it as it was."""
+    from auto_circuit import load_model
+
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Any:
     """SmolLM2-135M; skipped where its wheel is not installed (`make test` installs it)."""
     import importlib.util

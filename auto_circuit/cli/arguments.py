@@ -20,7 +20,9 @@ def positive(text: str) -> int:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Say which model, and where it computes."""
     parser.add_argument(
-        "--model", default="smollm2-135m", help="smollm2-135m, a folder, or a name on the hub (%(default)s)"
+        "--model",
+        default="smollm2-135m",
+        help="tiny, smollm2-135m, a folder, or a name on the hub (%(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="where to compute, such as cpu or cuda (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")

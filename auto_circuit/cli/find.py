@@ -30,7 +30,9 @@ def _add_what(find: argparse.ArgumentParser) -> None:
     """Say which nodes, edges and prompts."""
     find.add_argument("--level", choices=("node", "edge"), default="node", help="score nodes, or edges")
     source = find.add_mutually_exclusive_group()
-    source.add_argument("--saes", metavar="DIR", help="folder of SAEs (SAELens layout), at any depth")
+    source.add_argument(
+        "--saes", metavar="DIR", help="folder of SAEs (SAELens layout), at any depth; or tiny"
+    )
     source.add_argument(
         "--neurons", metavar="LAYERS", help="use MLP neurons as latents: 'all', or layers such as 6,12,18"
     )
@@ -45,7 +47,7 @@ def _add_what(find: argparse.ArgumentParser) -> None:
         help="let reconstructions stand for the activations, errors dropped",
     )
     find.add_argument("--per-position", action="store_true", help="a node or edge for each token position")
-    find.add_argument("--task", default="ioi", help="a task (ioi) or a JSON file of prompts")
+    find.add_argument("--task", default="ioi", help="ioi, induction, successor, agreement, or a JSON file")
     find.add_argument("--prompts", type=positive, default=32, metavar="N", help="number of prompt pairs")
     find.add_argument("--seed", type=int, default=0, help="of the task's prompts")
 

