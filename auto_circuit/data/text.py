@@ -3,16 +3,20 @@
 A token source yields batches `[rows, length]` for ever, starting again when its text ends, and can be put
 back to where it was (`state`, `restore`), so that an interrupted run goes on with the very next batch.
 
-- Text files are read line by line; each file is one document. Records of JSON lines and of datasets
-  are one document each; documents are separated by the tokenizer's EOS where it has one. The
-  stream of tokens is cut into contexts, each with BOS first where the tokenizer has one.
+- Each text file is one document, and so is each record of JSON lines and of datasets. Documents are read and
+  tokenised piece by piece; each ends with the tokenizer's EOS where it has one, and those without a token are
+  left out. The stream of tokens is cut into contexts, each with BOS first where the tokenizer has one.
 - Prompts are batches of one length, clean and corrupt, in an order that is drawn anew each time round.
 """
 
 import gzip
+import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -26,8 +30,11 @@ from auto_circuit.errors import InputError, listed
 #: Endings of text files that are read in a folder.
 TEXT_FILES = (".txt", ".md", ".jsonl", ".txt.gz", ".jsonl.gz")
 
-#: Characters that are tokenised at a time.
+#: Characters that are read and tokenised at a time, about.
 _PIECE = 16_384
+
+#: What names a dataset on the hub.
+_HUB_NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+", re.ASCII)
 
 #: Makes an iterator of (text, whether a document ends with it).
 Documents = Callable[[], Iterator[tuple[str, bool]]]
@@ -50,7 +57,10 @@ class TokenSource(Protocol):
         ...
 
     def description(self) -> dict[str, Any]:
-        """Say what is read, for JSON: equal descriptions give equal batches."""
+        """Say what is read, for JSON: equal descriptions give equal batches.
+
+        Datasets are told apart by their names or fingerprints, other iterables only by their type.
+        """
         ...
 
 
@@ -67,12 +77,14 @@ def token_source(model: Any, text: Any, *, context_length: int = 128, seed: int 
         text: a text file, a folder of them (`TEXT_FILES`), the name of a dataset on the Hugging Face hub
             (its `train` split, streamed), an iterable of strings or of records with a `text` (such as a
             `datasets.Dataset`) that can be iterated again, a `PromptDataset`, or a list of sources or
-            of (source, share of the tokens) pairs.
+            of (source, share of the tokens) pairs. A list of strings is text itself: files are named in a
+            list by `Path`s or in pairs.
         context_length: tokens of a context of text, BOS included.
         seed: of the order of prompts.
 
     Raises:
-        InputError: when there is no such file, nothing in it, or no tokenizer.
+        InputError: when there is no such file, no tokenizer, or a context that does not fit; and from
+            `next_batch`, when text cannot be read or there is none.
     """
     if isinstance(text, TokenSource):
         return text
@@ -133,7 +145,13 @@ class TextTokens:
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._first = [] if bos is None else [bos]
         self._between = [] if eos is None else [eos]
+        if context_length <= len(self._first):
+            raise InputError(
+                f"context_length must be at least {len(self._first) + 1}, to have room for text; given "
+                f"{context_length}."
+            )
         self._epoch, self._n_read, self._is_empty = 0, 0, True
+        self._is_open = False  # whether the document that is read has tokens so far
         self._tail: list[int] = []
         self._iterator = documents()
 
@@ -152,7 +170,10 @@ class TextTokens:
         piece = next(self._iterator, None)
         if piece is None:
             if self._is_empty:
-                raise InputError(f"No text was found in {self._named}. Expected files or records with text.")
+                raise InputError(
+                    f"No text was found in {str(self._named)[:200]}. Expected files or records with text, "
+                    f"which can be read again when they end."
+                )
             self._epoch, self._n_read, self._iterator = self._epoch + 1, 0, self._documents()
             self._is_empty = True
             return []
@@ -161,15 +182,19 @@ class TextTokens:
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
         ids = encoded["input_ids"]
         self._is_empty = self._is_empty and not ids
-        return [*ids, *(self._between if ends else [])]
+        document_ends = ends and (self._is_open or bool(ids))
+        self._is_open = not ends and (self._is_open or bool(ids))
+        return [*ids, *(self._between if document_ends else [])]
 
     def state(self) -> dict[str, Any]:
         """See `TokenSource`."""
-        return {"epoch": self._epoch, "n_read": self._n_read, "tail": list(self._tail)}
+        where = {"epoch": self._epoch, "n_read": self._n_read, "is_open": self._is_open}
+        return where | {"tail": list(self._tail)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `TokenSource`."""
         self._epoch, self._n_read, self._tail = state["epoch"], state["n_read"], list(state["tail"])
+        self._is_open = state["is_open"]
         self._is_empty = False  # it was not, when the state was taken
         self._iterator = islice(self._documents(), self._n_read, None)
 
@@ -225,8 +250,6 @@ class PromptTokens:
 
     def description(self) -> dict[str, Any]:
         """See `TokenSource`."""
-        import hashlib
-
         digest = hashlib.sha256()
         for length in sorted(self._rows):
             digest.update(self._rows[length].numpy().tobytes())
@@ -290,25 +313,47 @@ def _parts(text: Any) -> list[tuple[Any, float]] | None:
 def _documents(text: Any) -> tuple[Documents, dict[str, Any]]:
     """Return what makes an iterator over (text, whether a document ends there), and its name."""
     if isinstance(text, str | Path):
-        path = Path(text).expanduser()
-        if path.exists():
-            files = _files(path)
-            sizes = {file.name: file.stat().st_size for file in files}
-            return (lambda: _pieces_of_files(files)), {"files": sizes}
-        if isinstance(text, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
-            return _records(_hub_dataset(text), {"dataset": text})
-        raise InputError(f"There is no text file or folder {str(text)!r}. Give one ({listed(TEXT_FILES)}).")
-    if not isinstance(text, Iterable) or isinstance(text, Iterator):
+        return _named_documents(text)
+    if not isinstance(text, Iterable) or isinstance(text, Iterator | Mapping | Set | bytes):
+        splits = f"; choose one of {listed(sorted(map(str, text)))}" if isinstance(text, Mapping) else ""
         raise InputError(
-            f"Text must be a file, a folder, a dataset, or strings that can be iterated again (a list, not a "
-            f"generator); given {type(text).__name__}."
+            f"Text must be a file, a folder, a dataset, or strings that can be iterated again in the same "
+            f"order (a list, not a generator, a dict or a set); given {type(text).__name__}{splits}."
         )
     name = {"dataset": str(getattr(text, "_fingerprint", None) or type(text).__name__)}
     if isinstance(text, list | tuple):
-        import hashlib
+        texts = [_text_of(record) for record in text]
+        files = [part for part in texts if part.endswith(TEXT_FILES) and _existing(part) is not None]
+        if files:
+            raise InputError(
+                f"A list of strings is text itself, but {listed(files, 4)} is a file. Name files in a list "
+                f"by Path(…), or in pairs (file, share)."
+            )
+        name = {"strings": len(texts), "hash": hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}
+    return (lambda: _pieces_of_records(text)), name
 
-        name = {"strings": len(text), "hash": hashlib.sha256(repr(text).encode()).hexdigest()[:16]}
-    return _records(text, name)
+
+def _named_documents(text: str | Path) -> tuple[Documents, dict[str, Any]]:
+    """Return the documents of a file, a folder or a dataset of the hub."""
+    path = _existing(text)
+    if path is not None:
+        files = _files(path)
+        return (lambda: _pieces_of_files(files)), _described(path, files)
+    if isinstance(text, str) and _HUB_NAME.fullmatch(text) and not text.endswith(TEXT_FILES):
+        dataset = _hub_dataset(text)
+        return (lambda: _pieces_of_records(_read_from_hub(text, dataset))), {"dataset": text}
+    raise InputError(
+        f"There is no text file or folder {str(text)[:200]!r}. Give one ({listed(TEXT_FILES)}), or a list of "
+        f"strings."
+    )
+
+
+def _existing(text: str | Path) -> Path | None:
+    try:
+        path = Path(text).expanduser()
+        return path if str(text) and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, an unknown home, …
+        return None
 
 
 def _hub_dataset(name: str) -> Iterable[Any]:
@@ -317,21 +362,32 @@ def _hub_dataset(name: str) -> Iterable[Any]:
 
         return load_dataset(name, split="train", streaming=True)
     except Exception as error:  # whatever the library or the network raises
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{name!r} is no file here, and reading it as a dataset of the hub failed: {first}"
+            f"{name!r} is no file here, and reading it as a dataset of the hub failed: {_first_line(error)} "
+            f"Load it with datasets.load_dataset, and give what that returns."
         ) from error
 
 
-def _records(records: Any, named: dict[str, Any]) -> tuple[Documents, dict[str, Any]]:
-    return (lambda: ((_text_of(record), True) for record in records)), named
+def _read_from_hub(name: str, dataset: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from dataset
+    except Exception as error:  # whatever the library or the network raises
+        raise InputError(f"Reading the dataset {name!r} of the hub failed: {_first_line(error)}") from error
 
 
-def _text_of(record: Any) -> str:
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _text_of(record: Any, where: str = "A record of a dataset") -> str:
     text = record.get("text") if isinstance(record, Mapping) else record
     if not isinstance(text, str):
-        given = sorted(record) if isinstance(record, Mapping) else type(record).__name__
-        raise InputError(f"A record of a dataset needs a 'text' that is a string; given {given}.")
+        given = sorted(map(str, record)) if isinstance(record, Mapping) else type(record).__name__
+        raise InputError(f"{where} needs a 'text' that is a string; given {given}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} has characters that are no text ({error}).") from error
     return text
 
 
@@ -344,32 +400,65 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
+def _described(path: Path, files: list[Path]) -> dict[str, Any]:
+    """Return the names and sizes of files, and a hash of what is in them."""
+    sizes: dict[str, int] = {}
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.name if file == path else file.relative_to(path).as_posix()
+        try:
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+            sizes[name] = file.stat().st_size
+        except OSError as error:
+            raise InputError(f"Cannot read text from {file}: {error}.") from error
+    return {"files": sizes, "hash": digest.hexdigest()[:16]}
+
+
 def _pieces_of_files(files: list[Path]) -> Iterator[tuple[str, bool]]:
     for file in files:
         try:
+            # utf-8-sig: without the mark that some editors put first
             with (
-                gzip.open(file, "rt", encoding="utf-8")
+                gzip.open(file, "rt", encoding="utf-8-sig")
                 if file.suffix == ".gz"
-                else file.open(encoding="utf-8") as lines
+                else file.open(encoding="utf-8-sig") as content
             ):
                 if file.name.endswith((".jsonl", ".jsonl.gz")):
-                    yield from ((_text_of(json.loads(line)), True) for line in lines if line.strip())
+                    yield from _pieces_of_records(_json_texts(file, content))
                 else:
-                    yield from _pieces(lines)
-        except (OSError, EOFError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+                    yield from _pieces(content.read)
+        except InputError:
+            raise
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise InputError(f"Cannot read text from {file}: {error}.") from error
 
 
-def _pieces(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Join lines into pieces of some thousand characters; the last one ends the document."""
-    piece: list[str] = []
-    size = 0
-    for line in lines:
-        piece.append(line)
-        size += len(line)
-        if size >= _PIECE:
-            yield "".join(piece), False
-            piece, size = [], 0
-    yield "".join(piece), True
+def _json_texts(file: Path, lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"Cannot read text from {file}: line {number} is no JSON: {error}."
+                ) from error
+            yield _text_of(record, f"{file}, line {number}:")
+
+
+def _pieces_of_records(records: Iterable[Any]) -> Iterator[tuple[str, bool]]:
+    for record in records:
+        yield from _pieces(StringIO(_text_of(record)).read)
+
+
+def _pieces(read: Callable[[int], str]) -> Iterator[tuple[str, bool]]:
+    """Cut a document after a line, or else before a space, every some thousand characters."""
+    held = ""
+    while more := read(_PIECE):
+        held += more
+        if len(held) < _PIECE:
+            continue
+        cut = held.rfind("\n") + 1 or max(held.rfind(" "), 0) or len(held)
+        yield held[:cut], False
+        held = held[cut:]
+    yield held, True

@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from auto_circuit.errors import InputError, unknown_name
+from auto_circuit.errors import InputError, listed, unknown_name
 from auto_circuit.files import write_json, write_tensors
 from auto_circuit.model_utils.sparse_autoencoders.training.activations import RowSource
 from auto_circuit.model_utils.sparse_autoencoders.training.processes import from_first, process_index
 
 MANIFEST = "manifest.json"
-_FORMAT = "auto_circuit.activations"
+_FORMAT, _VERSION = "auto_circuit.activations", 1
 #: Bytes of a shard, about.
 _SHARD = 256 * 2**20
 
@@ -40,35 +40,56 @@ def record_activations(
         progress: show a bar.
 
     Raises:
-        InputError: when the folder holds other activations, saying in what they differ.
+        InputError: when the folder holds other activations, saying in what they differ, or cannot be written.
     """
     folder = Path(folder)
     whole = {"source": rows.description(), **made_of}
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     if manifest is None:
-        manifest = {"format": _FORMAT, "version": 1, "sites": dict(rows.widths), "made_of": whole}
+        manifest = {"format": _FORMAT, "version": _VERSION, "sites": dict(rows.widths), "made_of": whole}
         manifest |= {"n_rows": 0, "shards": [], "next": rows.state()}
     else:
         _check_same(folder, manifest, whole, rows.widths)
     if manifest["n_rows"] < n_rows:
-        rows.restore(manifest["next"])
+        _go_on(folder, manifest, rows)
     per_shard = max(1, _SHARD // (4 * sum(rows.widths.values())))
     with tqdm(total=n_rows, initial=min(manifest["n_rows"], n_rows), disable=not progress, unit="row") as bar:
         bar.set_description("recording activations")
         while manifest["n_rows"] < n_rows:
             shard, bar_from = _collect(rows, per_shard, n_rows - manifest["n_rows"]), manifest["n_rows"]
-            name = f"shard_{len(manifest['shards']):05d}.safetensors"
-            if process_index() == 0:  # the others have the same rows
-                write_tensors(folder / name, shard)
+            name = _shard_name(len(manifest["shards"]))
             size = len(next(iter(shard.values())))
             manifest["shards"].append({"file": name, "rows": size})
             manifest["n_rows"] += size
             manifest["next"] = rows.state()
-            if process_index() == 0:
-                write_json(folder / MANIFEST, manifest)
+            if process_index() == 0:  # the others have the same rows
+                _write(folder, name, shard, manifest)
             bar.update(min(manifest["n_rows"], n_rows) - bar_from)
     from_first(None)  # nobody reads before all is written
     return CachedActivations(folder, list(rows.widths))
+
+
+def _go_on(folder: Path, manifest: Mapping[str, Any], rows: RowSource) -> None:
+    """Put the source to where the recording ended."""
+    more = [site for site in manifest["sites"] if site not in rows.widths]
+    if more:
+        raise InputError(
+            f"{folder} holds {manifest['n_rows']} rows, fewer than are wanted, and also of {more}. Record "
+            f"those sites too, or give another folder."
+        )
+    try:
+        rows.restore(manifest["next"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / MANIFEST} is damaged: 'next' says not where to go on.") from error
+
+
+def _write(folder: Path, name: str, shard: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Write a shard, then the manifest that has it."""
+    try:
+        write_tensors(folder / name, shard)
+        write_json(folder / MANIFEST, manifest)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"Cannot write activations to {folder}: {error}.") from error
 
 
 def _collect(rows: RowSource, per_shard: int, wanted: int) -> dict[str, Tensor]:
@@ -95,10 +116,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     keys = {"format", "version", "sites", "made_of", "n_rows", "shards", "next"}
     if not isinstance(manifest, dict) or not keys <= set(manifest) or manifest["format"] != _FORMAT:
         raise InputError(f"{path} is no manifest of cached activations; expected the keys {sorted(keys)}.")
-    missing = [s["file"] for s in manifest["shards"] if not (folder / Path(s["file"]).name).is_file()]
+    if manifest["version"] != _VERSION:
+        raise InputError(f"{path} has version {manifest['version']}; this program reads {_VERSION}.")
+    if not _is_sound(manifest):
+        raise InputError(f"{path} is damaged: its sites, rows or shards are not what is written here.")
+    missing = [shard["file"] for shard in manifest["shards"] if not (folder / shard["file"]).is_file()]
     if missing:
         raise InputError(f"{folder} misses shards that its manifest names: {missing}. Record it anew.")
     return manifest
+
+
+def _is_sound(manifest: Mapping[str, Any]) -> bool:
+    """Return whether the entries of a manifest have their kinds, and its shards the names given here."""
+    sites, shards = manifest["sites"], manifest["shards"]
+    return (
+        isinstance(sites, dict)
+        and all(isinstance(width, int) for width in sites.values())
+        and isinstance(manifest["made_of"], dict)
+        and isinstance(shards, list)
+        and all(isinstance(shard, dict) and isinstance(shard.get("rows"), int) for shard in shards)
+        and [shard.get("file") for shard in shards] == [_shard_name(i) for i in range(len(shards))]
+        and manifest["n_rows"] == sum(shard["rows"] for shard in shards)
+    )
+
+
+def _shard_name(index: int) -> str:
+    return f"shard_{index:05d}.safetensors"
 
 
 def _check_same(
@@ -130,7 +173,7 @@ class CachedActivations:
         seed: of the order of shards.
 
     Raises:
-        InputError: when it is not whole.
+        InputError: when it is not whole, or no sites are given.
         UnknownNameError: for a site that it has not.
     """
 
@@ -142,6 +185,8 @@ class CachedActivations:
             if site not in known:
                 raise unknown_name(f"site of {self.folder}", site, known)
         self.widths = {site: known[site] for site in (known if sites is None else sites)}
+        if not self.widths:
+            raise InputError(f"No sites were given; {self.folder} has {listed(list(known))}.")
         if not self._manifest["shards"]:
             raise InputError(f"{self.folder} has no activations yet.")
         self._epoch, self._used = 0, 0
@@ -159,7 +204,7 @@ class CachedActivations:
         self._used += 1
         if self._used == len(order):
             self._epoch, self._used = self._epoch + 1, 0
-        path = self.folder / Path(shard["file"]).name
+        path = self.folder / shard["file"]
         try:
             with safe_open(path, framework="pt") as file:
                 rows = {site: file.get_tensor(site) for site in self.widths}
@@ -175,10 +220,19 @@ class CachedActivations:
 
     def state(self) -> dict[str, Any]:
         """See `RowSource`."""
-        return {"epoch": self._epoch, "used": self._used}
+        return {"epoch": self._epoch, "used": self._used, "n_rows": self.n_rows}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """See `RowSource`."""
+        """See `RowSource`.
+
+        Raises:
+            InputError: when more was recorded since, which changes the order.
+        """
+        if state["n_rows"] != self.n_rows:
+            raise InputError(
+                f"{self.folder} has {self.n_rows} rows now; it had {state['n_rows']} when this was saved, so "
+                f"its order is another. Start again, or give the folder as it was."
+            )
         self._epoch, self._used = state["epoch"], state["used"]
 
     def description(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`TrainingConfig`: everything that decides what a training run computes."""
 
-import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -84,9 +85,10 @@ class TrainingConfig:
         ):
             if getattr(self, name) not in valid:
                 raise unknown_name(f"{name} of a training run", str(getattr(self, name)), valid)
-        if self.dead_after_tokens is None:
+        if self.dead_after_tokens is None and _is_whole(self.n_tokens, 1):
             object.__setattr__(self, "dead_after_tokens", max(self.n_tokens // 50, 10_000))
-        object.__setattr__(self, "groups", tuple(self.groups))
+        if isinstance(self.groups, Sequence):
+            object.__setattr__(self, "groups", tuple(self.groups))
         if _is_number(self.l0):
             object.__setattr__(self, "l0", float(self.l0))
         for name, (fine, expected) in self._ranges().items():
@@ -115,13 +117,13 @@ class TrainingConfig:
             rate is None or (_is_number(rate) and rate > 0),
             "a number above 0, or None",
         )
-        shares = self.groups
+        shares = self.groups if isinstance(self.groups, tuple) else ()
         rising = all(_is_number(share) for share in shares) and list(shares) == sorted(set(shares))
         checks["groups"] = (
             bool(shares) and rising and shares[0] > 0 and shares[-1] == 1,
             "shares of the latents above 0, rising to 1",
         )
-        checks["seed"] = (_is_whole(self.seed, 0), "a whole number of at least 0")
+        checks["seed"] = (_is_whole(self.seed, 0) and self.seed < 2**63, "a whole number from 0 to 2**63 - 1")
         if self.architecture == "topk":
             fine = _is_number(self.l0) and self.l0 >= 1 and self.l0 == int(self.l0)
             checks["l0"] = (fine, "a whole number for topk")
@@ -155,4 +157,4 @@ def _is_whole(value: Any, at_least: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

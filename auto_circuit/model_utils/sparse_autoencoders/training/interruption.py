@@ -23,5 +23,5 @@ def interruptible() -> Iterator[threading.Event]:
     try:
         yield event
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # None: one that was not set from Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

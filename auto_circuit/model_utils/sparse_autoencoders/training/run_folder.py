@@ -67,6 +67,10 @@ class TrainingFolder:
             before = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"Cannot read {self.path / SETTINGS}: {error}.") from error
+        if not isinstance(before, dict):
+            raise InputError(
+                f"{self.path / SETTINGS} has no settings of a training run. Give another folder."
+            )
         for name in {**before, **self._settings}:
             old, new = before.get(name), self._settings.get(name)
             if old == new:
@@ -101,13 +105,14 @@ class TrainingFolder:
             return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            step = int(state["step"])
         except Exception as error:  # whatever a damaged file makes the reader raise
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TrainingError(
                 f"Cannot read the checkpoint {path}: {first} Delete it to start again."
             ) from error
-        self._cut_metrics(state["step"])
-        self._checkpoint_step = state["step"]
+        self._cut_metrics(step)
+        self._checkpoint_step = step
         return state
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -121,12 +126,11 @@ class TrainingFolder:
         if not path.is_file():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                metrics = json.loads(line)
-            except ValueError:
-                break
-            if metrics["step"] > step:
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, TypeError, KeyError):  # half a line
                 break
             kept.append(line + "\n")
         write_text(path, "".join(kept))
