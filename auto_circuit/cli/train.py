@@ -5,7 +5,15 @@ import json
 import sys
 from typing import Any
 
-from auto_circuit.cli.arguments import add_model, add_text, load_model, say, site_names, text_of
+from auto_circuit.cli.arguments import (
+    add_model,
+    add_text,
+    load_model,
+    positive,
+    say,
+    site_names,
+    text_of,
+)
 
 #: Settings that have a flag: (flag, field of TrainingConfig, what it is).
 _NUMBERS = (
@@ -45,6 +53,12 @@ def add(verbs: Any) -> None:
     train.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the SAEs end up in it")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
     train.add_argument("--cache", metavar="DIR", help="record activations here first, or use those recorded")
+    train.add_argument(
+        "--cache-tokens",
+        type=positive,
+        metavar="N",
+        help="activations of each site to record, gone round several times for more --tokens (all of them)",
+    )
     train.add_argument(
         "--architecture", choices=ARCHITECTURES, default="batchtopk", help="of the SAEs (%(default)s)"
     )
@@ -97,6 +111,7 @@ def _train(arguments: argparse.Namespace) -> None:
         out=arguments.out,
         resume=arguments.resume,
         cache=arguments.cache,
+        cache_tokens=arguments.cache_tokens,
         progress=sys.stderr.isatty(),
     )
     rows = {site: _row(sae) for site, sae in saes.items()}

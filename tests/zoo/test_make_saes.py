@@ -54,7 +54,8 @@ def test_sentences_go_on_where_they_were(tiny: Any) -> None:
     assert torch.equal(one.next_batch(0), other.next_batch(0))
 
 
-def test_saes_that_miss_what_is_required_are_not_written(tmp_path: Path) -> None:
+def test_saes_that_miss_what_is_required_are_not_written(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("auto_circuit.zoo.make_saes.N_TEST", 300)
     (tmp_path / "model").symlink_to(TINY / "model")
     short = replace(RECIPE, n_tokens=4_096, n_latents=64, buffer_tokens=2_048, l0=4)
     with pytest.raises(TrainingError, match="Required are FVU"):

@@ -61,6 +61,7 @@ def train_saes(
     out: str | Path | None = None,
     resume: bool = False,
     cache: str | Path | None = None,
+    cache_tokens: int | None = None,
     log_every: int = 20,
     checkpoint_seconds: float = 120.0,
     progress: bool = True,
@@ -80,6 +81,8 @@ def train_saes(
         resume: go on with the run in `out` where there is one; a finished one is loaded.
         cache: folder in which activations are kept: recorded first (or used, if they are there), then
             trained on. Without it they are computed while training and never stored.
+        cache_tokens: activations of each site to record, gone round several times where `n_tokens` is more;
+            None: `n_tokens`.
         log_every: steps between metrics.
         checkpoint_seconds: seconds between checkpoints; one is also written on an interrupt.
         progress: show a bar.
@@ -110,7 +113,8 @@ def train_saes(
         return load_saes(Path(out or ""))
     if cache is not None and isinstance(rows, ModelActivations):
         made_of = {"model": settings["model"]}
-        recorded = record_activations(rows, cache, config.n_tokens, made_of, progress=progress)
+        n_rows = config.n_tokens if cache_tokens is None else cache_tokens
+        recorded = record_activations(rows, cache, n_rows, made_of, progress=progress)
         rows = CachedActivations(recorded.folder, list(rows.widths), config.seed)
     run = _Training(model, rows, config, folder, settings["model"])
     return run.run(log_every, checkpoint_seconds, progress, callbacks)

@@ -137,6 +137,8 @@ def test_cached_activations_are_recorded_once_and_give_the_same_saes(
     finally:
         handle.remove()
     assert not passes and same(first, again)
+    few = train(model, cache=tmp_path / "few", cache_tokens=300)
+    assert 300 <= CachedActivations(tmp_path / "few").n_rows < 400 and not same(first, few)
     cached = CachedActivations(tmp_path / "cache")
     alone = train_saes(None, None, cached, config(), progress=False)
     assert same(first, alone)
