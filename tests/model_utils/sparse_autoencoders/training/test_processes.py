@@ -1,5 +1,7 @@
 """Without a process group everything stays what it is."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from auto_circuit.model_utils.sparse_autoencoders.training.processes import (
     average_gradients,
     from_first,
     gathered,
-    joined,
+    join,
     mean_over,
     n_processes,
     process_index,
@@ -57,27 +59,26 @@ def test_a_lone_process_joins_nothing(size: str | None, monkeypatch: pytest.Monk
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.setattr(dist, "init_process_group", lambda *_args: pytest.fail("joined"))
-    with joined(CPU):
-        assert n_processes() == 1
+    join(CPU)
+    assert n_processes() == 1
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "nccl")])
-def test_torchrun_s_processes_join_and_leave(
+def test_torchrun_s_processes_join_until_the_end(
     device: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[str] = []
+    calls: list[Any] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dist, "init_process_group", calls.append)
+    monkeypatch.setattr(processes.atexit, "register", calls.append)
+    join(torch.device(device))
+    assert calls == [backend, processes._leave]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)  # a second run, or the caller's own group
+    join(torch.device(device))
+    assert len(calls) == 2
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("left"))
-    with joined(torch.device(device)):
-        assert calls == [backend]
-    with pytest.raises(ZeroDivisionError), joined(torch.device(device)):
-        _ = 1 / 0
-    assert calls == [backend, "left"] * 2
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)  # the caller's group is the caller's
-    with joined(torch.device(device)):
-        pass
-    assert calls == [backend, "left"] * 2
+    processes._leave()
+    assert calls[-1] == "left"
 
 
 def test_a_group_of_one_is_none(tmp_path: object) -> None:
