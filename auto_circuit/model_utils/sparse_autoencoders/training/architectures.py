@@ -187,6 +187,7 @@ class ReLUCoder(Coder):
     """Positive pre-activations, with an L1 penalty weighted by directions' norms (Conerly et al. 2024)."""
 
     kind = "relu"
+    learning_rate = 5e-3
     unit_directions = False
     controlled = True
 
@@ -214,6 +215,7 @@ class GatedCoder(Coder):
     """
 
     kind = "gated"
+    learning_rate = 5e-3
     controlled = True
 
     _DENSER = 2.0

@@ -85,7 +85,7 @@ class Coder(nn.Module):
     """
 
     kind: ClassVar[str] = ""
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 4e-3
     unit_directions: ClassVar[bool] = True
     controlled: bool = False
 
