@@ -102,19 +102,19 @@ def train_saes(
     device = torch.device("cpu") if model is None else next(model.parameters()).device
     join(device)
     rows = _row_source(model, sites, text, config)
+    n_cached = None if cache is None else config.n_tokens if cache_tokens is None else cache_tokens
     settings = {
         "config": config.as_dict(),
         "sites": dict(rows.widths),
-        "data": rows.description(),
+        "data": {**rows.description(), "cached": n_cached},
         "model": _model_identity(model),
     }
     folder = _folder(out, settings, resume)
     if from_first(folder is not None and folder.is_done):
         return load_saes(Path(out or ""))
-    if cache is not None and isinstance(rows, ModelActivations):
+    if cache is not None and n_cached is not None and isinstance(rows, ModelActivations):
         made_of = {"model": settings["model"]}
-        n_rows = config.n_tokens if cache_tokens is None else cache_tokens
-        recorded = record_activations(rows, cache, n_rows, made_of, progress=progress)
+        recorded = record_activations(rows, cache, n_cached, made_of, progress=progress)
         rows = CachedActivations(recorded.folder, list(rows.widths), config.seed)
     run = _Training(model, rows, config, folder, settings["model"])
     return run.run(log_every, checkpoint_seconds, progress, callbacks)

@@ -159,6 +159,8 @@ def test_a_folder_is_not_overwritten(shared_model: Callable[..., Any], tmp_path:
         train(model, cfg=config(l0=5), out=tmp_path / "run", resume=True)
     with pytest.raises(InputError, match="another data"):
         train(model, text(31), out=tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match="another data.*cached"):
+        train(model, out=tmp_path / "run", resume=True, cache=tmp_path / "cache")
     with pytest.raises(InputError, match="another model"):
         train(shared_model("llama"), out=tmp_path / "run", resume=True)
 
