@@ -15,7 +15,7 @@ import torch
 from conftest import _save_tokenizer, make_prompts
 from transformers import AutoTokenizer
 
-from auto_circuit.data import text as text_module
+from auto_circuit.data import documents as documents_module
 from auto_circuit.data.text import MixedTokens, PromptTokens, TokenSource, special_ids, token_source
 from auto_circuit.errors import InputError
 
@@ -144,7 +144,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_contexts_of_every_kind_are_those_of_the_joined_text(
     kind: str, piece: int, model: Any, tmp_path: Path, hub: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_module, "_PIECE", piece)
+    monkeypatch.setattr(documents_module, "PIECE", piece)
     check(token_source(model, KINDS[kind](tmp_path), context_length=8), DOCUMENTS)
     assert hub == ([("owner/name", {"split": "train", "streaming": True})] if kind == "hub" else [])
 
@@ -184,7 +184,7 @@ def test_documents_without_tokens_are_left_out(model: Any, tmp_path: Path) -> No
 def test_an_end_that_is_a_piece_of_its_own_ends_the_document(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_module, "_PIECE", 6)
+    monkeypatch.setattr(documents_module, "PIECE", 6)
     documents = ["w1 w2\n", "w3 w4\n\n\n\n\n\n\n", "w5"]
     for i, text in enumerate(documents):
         write(tmp_path / f"{i}.txt", text)
@@ -194,10 +194,10 @@ def test_an_end_that_is_a_piece_of_its_own_ends_the_document(
 def test_words_are_not_cut_where_there_is_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
     from io import StringIO
 
-    monkeypatch.setattr(text_module, "_PIECE", 10)
+    monkeypatch.setattr(documents_module, "PIECE", 10)
 
     def pieces(text: str) -> list[str]:
-        found = list(text_module._pieces(StringIO(text).read))
+        found = list(documents_module._pieces(StringIO(text).read))
         assert [ends for _, ends in found] == [False] * (len(found) - 1) + [True]
         assert "".join(piece for piece, _ in found) == text
         assert all(len(piece) <= 20 for piece, _ in found)
@@ -241,7 +241,7 @@ class _Letters:
 def test_a_restored_source_goes_on_with_the_same_batches(
     kind: str, model: Any, tmp_path: Path, hub: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_module, "_PIECE", 25)
+    monkeypatch.setattr(documents_module, "PIECE", 25)
     prompts = make_prompts(7, (6, 5, 9))
     made: dict[str, Any] = {"prompts": lambda: prompts, "mixed": lambda: [prompts, (DOCUMENTS, 2.5)]}
     text = made[kind]() if kind in made else KINDS[kind](tmp_path)
@@ -267,7 +267,7 @@ def test_a_restored_source_goes_on_with_the_same_batches(
 def test_a_restored_source_knows_that_its_document_has_begun(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_module, "_PIECE", 3)
+    monkeypatch.setattr(documents_module, "PIECE", 3)
     source = token_source(model, ["w1\n\n\n\n\n\n", "w2 w3"], context_length=2)
     assert source.next_batch(2).tolist() == [[BOS, 4]]  # its EOS comes some empty pieces later
     other = token_source(model, ["w1\n\n\n\n\n\n", "w2 w3"], context_length=2)

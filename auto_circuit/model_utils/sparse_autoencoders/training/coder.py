@@ -216,7 +216,7 @@ class Coder(nn.Module):
         Their pre-activations stand for them, negative ones too, since a latent that is negative everywhere
         would otherwise have no gradient to come back by.
         """
-        dead = (self.unfired_for > self.config.dead_after_tokens).nonzero().flatten()
+        dead = (self.unfired_for > self.config.dead_after).nonzero().flatten()
         k = min(self.config.aux_latents or round(2 * self.config.l0), self.n_latents)
         if len(dead) == 0 or self.config.aux_share == 0:
             return pre.new_zeros(())
@@ -256,7 +256,7 @@ class Coder(nn.Module):
     @property
     def dead(self) -> Bool[Tensor, " n"]:
         """Which latents have not fired for `dead_after_tokens`."""
-        return self.unfired_for > self.config.dead_after_tokens
+        return self.unfired_for > self.config.dead_after
 
     # ---- the result -----------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ LOSSES = ("local", "end_to_end", "local_then_end_to_end")
 PENALTIES = ("quadratic", "tanh")
 BIASES = ("geometric_median", "mean")
 
-_COUNTS = "n_tokens expansion batch_size tokens_per_pass buffer_tokens dead_after_tokens".split()
+_COUNTS = "n_tokens expansion batch_size tokens_per_pass buffer_tokens".split()
 
 #: A setting; `TrainingConfig` checks its type itself, with a sentence.
 Checked = Any
@@ -85,8 +85,6 @@ class TrainingConfig:
         ):
             if getattr(self, name) not in valid:
                 raise unknown_name(f"{name} of a training run", str(getattr(self, name)), valid)
-        if self.dead_after_tokens is None and _is_whole(self.n_tokens, 1):
-            object.__setattr__(self, "dead_after_tokens", max(self.n_tokens // 50, 10_000))
         if isinstance(self.groups, Sequence):
             object.__setattr__(self, "groups", tuple(self.groups))
         if _is_number(self.l0):
@@ -99,11 +97,9 @@ class TrainingConfig:
         """Return whether each number is fine, and what it must be."""
         whole = "a whole number of at least 1"
         checks = {name: (_is_whole(getattr(self, name), 1), whole) for name in _COUNTS}
-        checks["n_latents"] = (self.n_latents is None or _is_whole(self.n_latents, 1), f"{whole}, or None")
-        checks["aux_latents"] = (
-            self.aux_latents is None or _is_whole(self.aux_latents, 1),
-            f"{whole}, or None",
-        )
+        for name in ("n_latents", "aux_latents", "dead_after_tokens"):
+            value = getattr(self, name)
+            checks[name] = (value is None or _is_whole(value, 1), f"{whole}, or None")
         checks["context_length"] = (_is_whole(self.context_length, 2), "a whole number of at least 2")
         checks["l0"] = (_is_number(self.l0) and self.l0 > 0, "a number above 0")
         for name in ("end_to_end_share", "warmup_share", "decay_share"):
@@ -132,6 +128,11 @@ class TrainingConfig:
     def latents_of(self, width: int) -> int:
         """Return the number of latents of an SAE for a site of `width`."""
         return self.n_latents if self.n_latents is not None else self.expansion * width
+
+    @property
+    def dead_after(self) -> int:
+        """Activations for which a latent must be silent to count as dead."""
+        return max(self.n_tokens // 50, 10_000) if self.dead_after_tokens is None else self.dead_after_tokens
 
     @property
     def n_steps(self) -> int:

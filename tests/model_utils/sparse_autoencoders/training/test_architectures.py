@@ -84,7 +84,7 @@ def _dense_total(coder: Coder, x: Tensor, p: dict[str, Tensor]) -> Tensor:
     else:
         fvu = (x - p["bias"] - z @ p["directions"]).square().sum() / power
     error = (x - p["bias"] - z @ p["directions"]).detach()
-    dead = (coder.unfired_for > config.dead_after_tokens).nonzero().flatten()
+    dead = (coder.unfired_for > config.dead_after).nonzero().flatten()
     if len(dead):
         k = config.aux_latents
         centred = (x - p["bias"]).detach()
@@ -100,7 +100,7 @@ def _dense_total(coder: Coder, x: Tensor, p: dict[str, Tensor]) -> Tensor:
 def test_loss_and_gradients_equal_a_dense_reference(architecture: str, penalty: str, n_dead: int) -> None:
     coder = _coder(architecture, penalty).double()
     coder.coefficient.fill_(0.3)
-    coder.unfired_for[4 : 4 + n_dead] = coder.config.dead_after_tokens + 1
+    coder.unfired_for[4 : 4 + n_dead] = coder.config.dead_after + 1
     x = _data()
     reference = {name: p.detach().clone().requires_grad_() for name, p in coder.named_parameters()}
     expected = _dense_total(coder, x, reference)

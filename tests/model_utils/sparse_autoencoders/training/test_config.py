@@ -16,7 +16,7 @@ from auto_circuit.model_utils.sparse_autoencoders.training.config import (
     TrainingConfig,
 )
 
-COUNTS = "n_tokens expansion batch_size tokens_per_pass buffer_tokens dead_after_tokens".split()
+COUNTS = "n_tokens expansion batch_size tokens_per_pass buffer_tokens".split()
 NAN, INF = math.nan, math.inf
 
 
@@ -105,9 +105,9 @@ def test_settings_are_keywords_and_stay() -> None:
 
 
 def test_dead_latents_are_those_silent_for_a_fiftieth() -> None:
-    assert TrainingConfig(n_tokens=5_000_000).dead_after_tokens == 100_000
-    assert TrainingConfig(n_tokens=1_000).dead_after_tokens == 10_000
-    assert TrainingConfig(dead_after_tokens=7).dead_after_tokens == 7
+    assert TrainingConfig(n_tokens=5_000_000).dead_after == 100_000
+    assert TrainingConfig(n_tokens=1_000).dead_after == 10_000
+    assert TrainingConfig(dead_after_tokens=7).dead_after == 7
 
 
 def test_latents() -> None:
