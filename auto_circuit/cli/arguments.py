@@ -65,7 +65,10 @@ def add_text(parser: argparse.ArgumentParser) -> None:
         help="share of the tokens that are prompts, where there is text too (%(default)s)",
     )
     parser.add_argument(
-        "--context", type=positive, default=128, metavar="N", help="tokens of a text context (%(default)s)"
+        "--context", type=positive, metavar="N", help="tokens of a text context (128, or what fits)"
+        type=positive,
+        metavar="N",
+        help="tokens of a text context (128, or what the model reads)",
     )
 
 

@@ -57,7 +57,7 @@ def add(verbs: Any) -> None:
         "--cache-tokens",
         type=positive,
         metavar="N",
-        help="activations of each site to record, gone round several times for more --tokens (all of them)",
+        help="activations of each site to record; more --tokens go round them several times (--tokens)",
     )
     train.add_argument(
         "--architecture", choices=ARCHITECTURES, default="batchtopk", help="of the SAEs (%(default)s)"
@@ -123,7 +123,7 @@ def _train(arguments: argparse.Namespace) -> None:
         for site, row in rows.items()
     ]
     say(text_table(["site", "latents", "L0", "FVU", "dead"], cells))
-    say(f"\nOf the last batch. Written: {arguments.out}/ (auto-circuit saes eval measures them)")
+    say(f"\nOn activations of the training text. Written: {arguments.out}/ (measure: auto-circuit saes eval)")
 
 
 def _row(sae: Any) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _pieces_of_files(files: list[Path]) -> Iterator[tuple[str, bool]]:
                     yield from _pieces_of_records(_json_texts(file, content))
                 else:
                     yield from _pieces(content.read)
-        except InputError:
+        except (GeneratorExit, InputError):  # the former may come when nothing else can be looked up any more
             raise
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise InputError(f"Cannot read text from {file}: {error}.") from error

@@ -22,6 +22,9 @@ from auto_circuit.data.documents import Documents, documents_of
 from auto_circuit.data.prompts import PromptDataset
 from auto_circuit.errors import InputError
 
+#: Tokens of a context, where the model reads as many.
+_CONTEXT = 128
+
 
 @runtime_checkable
 class TokenSource(Protocol):
@@ -52,7 +55,7 @@ def special_ids(model: Any) -> list[int]:
     return sorted(set(getattr(getattr(model, "tokenizer", None), "all_special_ids", None) or []))
 
 
-def token_source(model: Any, text: Any, *, context_length: int = 128, seed: int = 0) -> TokenSource:
+def token_source(model: Any, text: Any, *, context_length: int | None = None, seed: int = 0) -> TokenSource:
     """Make a token source of text, prompts, or both.
 
     Args:
@@ -62,7 +65,7 @@ def token_source(model: Any, text: Any, *, context_length: int = 128, seed: int 
             `datasets.Dataset`) that can be iterated again, a `PromptDataset`, or a list of sources or
             of (source, share of the tokens) pairs. A list of strings is text itself: files are named in a
             list by `Path`s or in pairs.
-        context_length: tokens of a context of text, BOS included.
+        context_length: tokens of a context of text, BOS included; None: 128, or what the model reads if less.
         seed: of the order of prompts.
 
     Raises:
@@ -78,8 +81,12 @@ def token_source(model: Any, text: Any, *, context_length: int = 128, seed: int 
         sources = [token_source(model, part, context_length=context_length, seed=seed) for part, _ in parts]
         return sources[0] if len(sources) == 1 else MixedTokens(sources, [share for _, share in parts])
     longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if context_length is None:
+        context_length = _CONTEXT if longest is None else min(_CONTEXT, longest)
     if longest is not None and context_length > longest:
-        raise InputError(f"context_length is {context_length}; this model reads at most {longest} tokens.")
+        raise InputError(
+            f"context_length is {context_length}; this model reads at most {longest} tokens: give those."
+        )
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise InputError("This model has no tokenizer to read text with; give prompts or token batches.")
@@ -88,7 +95,7 @@ def token_source(model: Any, text: Any, *, context_length: int = 128, seed: int 
 
 
 def token_batches(
-    model: Any, text: Any, *, batch_tokens: int = 1_024, context_length: int = 128, seed: int = 0
+    model: Any, text: Any, *, batch_tokens: int = 1_024, context_length: int | None = None, seed: int = 0
 ) -> Iterator[Tensor]:
     """Yield batches of token ids `[rows, length]` of text, prompts or both, without end.
 
@@ -96,7 +103,7 @@ def token_batches(
         model: what tokenises.
         text: see `token_source`.
         batch_tokens: about how many tokens a batch has.
-        context_length: tokens of a context of text, BOS included.
+        context_length: tokens of a context of text, BOS included; None: 128, or what the model reads if less.
         seed: of the order of prompts.
 
     Raises:

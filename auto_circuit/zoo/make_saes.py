@@ -88,6 +88,8 @@ def make_saes(out: Path, config: TrainingConfig = RECIPE, *, progress: bool = Tr
     start, start_cpu = time.perf_counter(), time.process_time()
     saes = train_saes(model, SITES, Sentences(model.tokenizer, config.seed), config, progress=progress)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    for sae in saes.values():
+        sae.metadata["cfg"]["metadata"]["model_name"] = "tiny"
     with replacing_folder(out / "saes") as folder:
         save_saes(saes, folder)
         test = Sentences(model.tokenizer, TEST_SEED)

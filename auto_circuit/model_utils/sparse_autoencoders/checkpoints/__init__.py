@@ -55,6 +55,11 @@ def load_saes(
             f"{root} is no folder. Expected a folder with SAEs in it ({_known()}), or packaged SAEs "
             f"({listed([*PACKAGED_SAES])})."
         )
+    if (root / "training.json").is_file() and not (root / "trained.json").is_file():
+        raise CheckpointError(
+            f"{root} is a training run that is not finished. Go on with it: train_saes(…, resume=True), "
+            f"or auto-circuit train --resume."
+        )
     found = sorted(folder for folder in (root, *root.rglob("*")) if folder.is_dir() and _format(folder))
     if not found:
         inside = listed(sorted(entry.name for entry in root.iterdir())) or "nothing"

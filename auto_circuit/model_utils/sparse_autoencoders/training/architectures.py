@@ -27,7 +27,14 @@ from auto_circuit.model_utils.sparse_autoencoders.training.processes import (
     n_processes,
     total_over,
 )
-from auto_circuit.model_utils.sparse_autoencoders.training.sparse_code import SomeLatents, where
+from auto_circuit.model_utils.sparse_autoencoders.training.sparse_code import (
+    SomeLatents,
+    pre_activations,
+    where,
+)
+
+#: Rows that are looked at in one go at the end of training.
+_ROWS = 2_048
 
 
 class TopKCoder(Coder):
@@ -54,7 +61,8 @@ class TopKCoder(Coder):
 class BatchTopKCoder(Coder):
     """The largest pre-activations of the whole batch, `l0` for each row on average (Bussmann et al. 2024).
 
-    The threshold that published latents are cut at is the running mean of each batch's smallest one.
+    The threshold that published latents are cut at is the running mean of each batch's smallest one; at the
+    end of training it is set so that `l0` latents are active on average, since a mean lags behind.
     """
 
     kind = "batchtopk"
@@ -63,7 +71,7 @@ class BatchTopKCoder(Coder):
 
     #: Entries below this share of the running threshold are not even looked at, unless too few remain.
     _LOOK_FROM = 0.8
-    _FORGET = 0.01
+    _FORGET = 0.05
 
     def __init__(self, n_latents: int, n_inputs: int, config: TrainingConfig) -> None:
         super().__init__(n_latents, n_inputs, config)
@@ -88,6 +96,18 @@ class BatchTopKCoder(Coder):
             if learn:
                 self.threshold.lerp_(smallest, self._FORGET if self.threshold > 0 else 1.0)
         return Coded(code, code.encode(x, self.encode_weight, self.latent_bias, pre))
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """See `Coder.calibrate`."""
+        wanted = max(1, round(self.config.l0 * len(x)))
+        found = []
+        for rows in x.split(_ROWS):
+            pre = pre_activations(rows.float() * self.scale - self.bias, self.encode_weight, self.latent_bias)
+            found.append(pre[pre > 0.5 * self.threshold])
+        values = torch.cat(found)
+        if len(values) > wanted:
+            self.threshold.copy_(values.topk(wanted + 1, sorted=False).values.min())
 
     def rescale(self, factor: Tensor) -> None:
         """See `Coder.rescale`."""
@@ -270,6 +290,7 @@ def make_coder(n_inputs: int, config: TrainingConfig) -> Coder:
 
     Raises:
         UnknownNameError: for an architecture that does not exist.
+        InputError: for an `l0` above the number of latents.
     """
     if config.architecture not in ARCHITECTURES:
         raise unknown_name("architecture", config.architecture, ARCHITECTURES)

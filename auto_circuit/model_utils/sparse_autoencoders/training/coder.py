@@ -258,6 +258,9 @@ class Coder(nn.Module):
         """Which latents have not fired for `dead_after_tokens`."""
         return self.unfired_for > self.config.dead_after
 
+    def calibrate(self, x: Float[Tensor, "rows d"]) -> None:
+        """Set what the published SAE needs and training only follows, from activations in their own units."""
+
     # ---- the result -----------------------------------------------------------------------------
 
     @torch.no_grad()

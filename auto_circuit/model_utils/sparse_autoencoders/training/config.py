@@ -48,7 +48,7 @@ class TrainingConfig:
         aux_share: weight of the loss that revives dead latents; 0: none.
         aux_latents: dead latents that take part in it for each activation; None: twice `l0`.
         seed: of initial values and of the order of the data.
-        context_length: tokens of a text context, BOS included.
+        context_length: tokens of a text context, BOS included; None: 128, or what the model reads if less.
         tokens_per_pass: tokens of one forward pass of the model.
         buffer_tokens: activations of each site that are mixed at a time.
     """
@@ -72,7 +72,7 @@ class TrainingConfig:
     aux_share: Checked = 1 / 32
     aux_latents: Checked = None
     seed: Checked = 0
-    context_length: Checked = 128
+    context_length: Checked = None
     tokens_per_pass: Checked = 4_096
     buffer_tokens: Checked = 65_536
 
@@ -100,7 +100,9 @@ class TrainingConfig:
         for name in ("n_latents", "aux_latents", "dead_after_tokens"):
             value = getattr(self, name)
             checks[name] = (value is None or _is_whole(value, 1), f"{whole}, or None")
-        checks["context_length"] = (_is_whole(self.context_length, 2), "a whole number of at least 2")
+        length = self.context_length
+        fine = length is None or _is_whole(length, 2)
+        checks["context_length"] = (fine, "a whole number of at least 2, or None")
         checks["l0"] = (_is_number(self.l0) and self.l0 > 0, "a number above 0")
         for name in ("end_to_end_share", "warmup_share", "decay_share"):
             value = getattr(self, name)
@@ -126,8 +128,18 @@ class TrainingConfig:
         return checks
 
     def latents_of(self, width: int) -> int:
-        """Return the number of latents of an SAE for a site of `width`."""
-        return self.n_latents if self.n_latents is not None else self.expansion * width
+        """Return the number of latents of an SAE for a site of `width`.
+
+        Raises:
+            InputError: when `l0` of them cannot be active.
+        """
+        n_latents = self.n_latents if self.n_latents is not None else self.expansion * width
+        if self.l0 > n_latents:
+            raise InputError(
+                f"l0 = {self.l0:g} latents per token cannot be active among {n_latents}. Give a lower l0, "
+                f"or more n_latents."
+            )
+        return n_latents
 
     @property
     def dead_after(self) -> int:

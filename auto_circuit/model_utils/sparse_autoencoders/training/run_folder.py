@@ -10,6 +10,7 @@
 """
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,28 @@ class TrainingFolder:
                 f"or give another folder."
             )
 
+    @property
     def checkpoint_step(self) -> int | None:
-        """Return the step of the last checkpoint that this run wrote or read, or None."""
+        """The step of the last checkpoint that this run wrote or read, or None."""
         return self._checkpoint_step
+
+    def last_good(self) -> str:
+        """Say which checkpoint there is."""
+        step = self._checkpoint_step
+        if step is None:
+            return "No checkpoint was saved before."
+        return f"The last good checkpoint, of step {step}, is in {self.path}."
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
-        with replacing(self.path / CHECKPOINT) as temporary:
-            torch.save(dict(state), temporary)
+        try:
+            with replacing(self.path / CHECKPOINT) as temporary:
+                torch.save(dict(state), temporary)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
+            raise TrainingError(
+                f"Cannot write the checkpoint of step {state['step']} to {self.path}: "
+                f"{str(error).splitlines()[0]} Is the disk full? {self.last_good()}"
+            ) from error
         self._checkpoint_step = state["step"]
 
     def load(self) -> dict[str, Any] | None:
@@ -104,12 +119,16 @@ class TrainingFolder:
             self._cut_metrics(-1)
             return None
         try:
+            with zipfile.ZipFile(path) as parts:  # torch writes checksums, and does not look at them
+                damaged = parts.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} does not have the checksum it was written with.")
             state = torch.load(path, map_location="cpu", weights_only=True)
             step = int(state["step"])
-        except Exception as error:  # whatever a damaged file makes the reader raise
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except Exception as error:  # whatever a damaged file makes the readers raise
+            first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise TrainingError(
-                f"Cannot read the checkpoint {path}: {first} Delete it to start again."
+                f"Cannot read the checkpoint {path}: {first}. Delete it to start again."
             ) from error
         self._cut_metrics(step)
         self._checkpoint_step = step

@@ -44,7 +44,7 @@ WRONG: list[tuple[str, tuple[Any, ...], str]] = [
     ("batch_size", (None,), "a whole number of at least 1"),
     ("n_latents", (0, -5, 1.5, True, "3"), "a whole number of at least 1, or None"),
     ("aux_latents", (0, 2.0, False, "3"), "a whole number of at least 1, or None"),
-    ("context_length", (1, 0, -1, 8.0, None, True), "a whole number of at least 2"),
+    ("context_length", (1, 0, -1, 8.0, True), "a whole number of at least 2, or None"),
     ("l0", (0.0, -1.0, NAN, INF, None, "3", True, 10**400), "a number above 0"),
     *(
         (name, (-0.1, 1.1, NAN, None, "0.5", True, -INF), "a share from 0 to 1")
@@ -112,7 +112,9 @@ def test_dead_latents_are_those_silent_for_a_fiftieth() -> None:
 
 def test_latents() -> None:
     assert TrainingConfig(expansion=3).latents_of(24) == 72
-    assert TrainingConfig(expansion=3, n_latents=5).latents_of(24) == 5
+    assert TrainingConfig(expansion=3, n_latents=50).latents_of(24) == 50
+    with pytest.raises(InputError, match="among 5"):
+        TrainingConfig(n_latents=5).latents_of(24)
 
 
 @pytest.mark.parametrize(

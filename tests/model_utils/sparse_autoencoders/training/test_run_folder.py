@@ -43,7 +43,7 @@ def test_a_new_or_empty_folder_begins_a_run(resume: bool, made: bool, tmp_path: 
         path.mkdir(parents=True)
     folder = open_folder(path, resume)
     assert json.loads((path / SETTINGS).read_text()) == json.loads(json.dumps(CONFIG_AND_DATA))
-    assert not folder.is_done and folder.load() is None and folder.checkpoint_step() is None
+    assert not folder.is_done and folder.load() is None and folder.checkpoint_step is None
     assert [entry.name for entry in path.iterdir()] == [SETTINGS]
 
 
@@ -104,23 +104,33 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
         "buffer": {"generator": generator.get_state(), "rows": {"tail": [1, 2], "epoch": 0}},
     }
     folder.save(state)
-    assert folder.checkpoint_step() == 7
+    assert folder.checkpoint_step == 7
     other = open_folder(tmp_path, resume=True)
-    assert other.checkpoint_step() is None
+    assert other.checkpoint_step is None
     found = other.load()
-    assert found is not None and other.checkpoint_step() == 7
+    assert found is not None and other.checkpoint_step == 7
     assert torch.equal(found["coders"]["site"]["w"], state["coders"]["site"]["w"])
     assert torch.equal(found["buffer"]["generator"], generator.get_state())
     assert found["buffer"]["rows"] == {"tail": [1, 2], "epoch": 0} and found["step"] == 7
 
 
-def test_a_checkpoint_that_is_not_written_leaves_the_one_before(tmp_path: Path) -> None:
+def _full_disk(*_args: Any) -> None:
+    raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64")
+
+
+def test_a_checkpoint_that_is_not_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = open_folder(tmp_path)
     folder.save({"step": 7})
     before = sorted(entry.name for entry in tmp_path.iterdir())
     with pytest.raises(Exception, match="pickle"):
         folder.save({"step": 8, "cannot be stored": lambda: None})
-    assert folder.checkpoint_step() == 7 and sorted(entry.name for entry in tmp_path.iterdir()) == before
+    with monkeypatch.context() as full:
+        full.setattr(torch, "save", _full_disk)
+        with pytest.raises(TrainingError, match="step 8.*unexpected pos.*step 7"):
+            folder.save({"step": 8})
+    assert folder.checkpoint_step == 7 and sorted(entry.name for entry in tmp_path.iterdir()) == before
     assert open_folder(tmp_path, resume=True).load() == {"step": 7}
 
 

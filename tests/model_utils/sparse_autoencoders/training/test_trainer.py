@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import VOCAB, build_model, make_prompts
 
-from auto_circuit import load_saes, sae_model
-from auto_circuit.errors import InputError, TrainingError
+from auto_circuit import load_saes, sae_model, sae_quality, token_batches
+from auto_circuit.errors import CheckpointError, InputError, TrainingError
 from auto_circuit.model_utils.sparse_autoencoders.training.activation_cache import CachedActivations
 from auto_circuit.model_utils.sparse_autoencoders.training.config import TrainingConfig
 from auto_circuit.model_utils.sparse_autoencoders.training.trainer import train_saes
@@ -295,3 +295,61 @@ for architecture, loss in {cases!r}:
             assert a.keys() == b.keys()
             for key in a:
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-4), (architecture, a["step"], key)
+
+
+def test_one_flipped_bit_in_a_checkpoint_is_seen(shared_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = shared_model("gpt2")
+    with pytest.raises(Stop):
+        train(model, out=tmp_path / "run", callbacks=[stop_at(5)], checkpoint_seconds=0.0)
+    path = tmp_path / "run" / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TrainingError, match="Cannot read the checkpoint.*checksum"):
+        train(model, out=tmp_path / "run", resume=True)
+    with pytest.raises(CheckpointError, match="not finished"):
+        load_saes(tmp_path / "run")
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+def test_published_batch_topk_saes_have_the_wanted_l0(
+    architecture: str, shared_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = shared_model("gpt2")
+    saes = train(model, cfg=config(architecture=architecture, n_tokens=6_400), out=tmp_path / "run")
+    tokens = token_batches(model, text(), context_length=16)
+    quality = sae_quality(model, saes, tokens, n_tokens=1_500, losses=False, progress=False)
+    final = json.loads((tmp_path / "run" / "trained.json").read_text())
+    for site, measured in quality.items():
+        assert measured.l0 == pytest.approx(4, abs=0.4)
+        assert final[f"{site}/l0"] == pytest.approx(measured.l0, abs=0.4)  # what is said is what is published
+        assert final[f"{site}/fvu"] == pytest.approx(measured.fvu, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"log_every": 0}, "log_every"),
+        ({"cache_tokens": 0, "cache": "x"}, "cache_tokens"),
+        ({"cache_tokens": 5}, "cache=DIR"),
+        ({"cfg": {"l0": 3}}, "TrainingConfig"),
+        ({"cfg": TrainingConfig(l0=50, n_latents=40)}, "among 40"),
+        ({"cfg": TrainingConfig(loss="end_to_end"), "cache": "x"}, "Leave cache out"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_done(
+    options: dict[str, Any], says: str, shared_model: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=says):
+        train(shared_model("gpt2"), out="run", **options)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="TransformerLens model"):
+        train("tiny")
+
+
+def test_training_inside_inference_mode(shared_model: Callable[..., Any]) -> None:
+    model = shared_model("gpt2")
+    with torch.inference_mode():
+        inside = train(model)
+    assert same(inside, train(model))
