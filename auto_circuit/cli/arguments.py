@@ -66,9 +66,6 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--context", type=positive, metavar="N", help="tokens of a text context (128, or what fits)"
-        type=positive,
-        metavar="N",
-        help="tokens of a text context (128, or what the model reads)",
     )
 
 
