@@ -30,11 +30,12 @@ check: $(VENV)/.ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -m 'not real_model' tests/test_readme.py
 
-# TransformerLens 3.9 beside SAELens and sparsify, which are oracles there.
+# TransformerLens 3.9 beside SAELens and sparsify, which are oracles there. Killing and joining processes has
+# nothing to do with either, and is tested once, by `make test`.
 oracles:
 	$(MAKE) VENV=.venv-oracles LENS=3.9.0 .venv-oracles/.ready
 	.venv-oracles/bin/pip install --disable-pip-version-check -q -c .venv-oracles/constraints.txt sae-lens eai-sparsify
-	.venv-oracles/bin/python -m pytest
+	.venv-oracles/bin/python -m pytest -m 'not processes'
 
 # auto-circuit 1.0.1, and SAELens 6.54, each in an environment of its own, to compare with.
 bench-peers: .venv-peers/.ready .venv-saelens/.ready

@@ -214,6 +214,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
+@pytest.mark.processes
 def test_killing_a_run_twenty_times_changes_nothing(tmp_path: Path) -> None:
     body = f"""
 import os, random, signal, time
@@ -260,6 +261,7 @@ assert os.waitpid(run("killed"), 0)[1] == 0
     assert not list((tmp_path / "killed").glob(".checkpoint*"))  # nor halves left behind
 
 
+@pytest.mark.processes
 def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
     cases = [("batchtopk", "local"), ("jumprelu", "local"), ("relu", "end_to_end")]
     body = f"""
