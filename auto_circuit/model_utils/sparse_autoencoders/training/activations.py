@@ -5,7 +5,7 @@ Rows are token positions: row `i` of every site is the same token of the same te
 the order in which one process would make them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -156,42 +156,51 @@ def is_counted(tokens: Int[Tensor, "rows seq"], excluded: Sequence[int]) -> Tens
 
 
 class ShuffleBuffer:
-    """Mixes rows: each batch is drawn at random from a full buffer, and new rows take its places.
+    """Mixes rows: each batch is drawn at random from those held, and new rows take its places.
 
     Args:
         rows: where rows come from.
         capacity: rows held.
         generator: of the choice.
+        total: rows that will be drawn: no more are asked for, and the buffer empties. None: no end.
     """
 
-    def __init__(self, rows: RowSource, capacity: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, rows: RowSource, capacity: int, generator: torch.Generator, total: int | None = None
+    ) -> None:
         self.rows, self.capacity, self._generator = rows, capacity, generator
         self._held: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
-        self._free = torch.arange(capacity)
+        self._free = torch.arange(capacity)  # places that were drawn, in the order in which they are filled
+        self._to_come = total
 
     def next_batch(self, n: int) -> dict[str, Tensor]:
         """Return `n` rows of every site, `[n, width]`."""
         self.fill()
-        slots = torch.randperm(self.capacity, generator=self._generator)[:n]
-        self._free = slots
+        is_full = torch.ones(self.capacity, dtype=torch.bool)
+        is_full[self._free] = False
+        full = is_full.nonzero().flatten()
+        slots = full[torch.randperm(len(full), generator=self._generator)[:n]]
+        self._free = torch.cat([self._free, slots])
         return {name: held[slots.to(held.device)] for name, held in self._held.items()}
 
     def fill(self) -> None:
-        """Fill the free places."""
-        while len(self._free) > 0:
+        """Fill the free places, as long as rows are to come."""
+        while len(self._free) > 0 and self._to_come != 0:
             if not self._pending or len(next(iter(self._pending.values()))) == 0:
                 self._pending = self.rows.next_rows()
             n = min(len(self._free), len(next(iter(self._pending.values()))))
+            n = n if self._to_come is None else min(n, self._to_come)
             slots, self._free = self._free[:n], self._free[n:]
             for name, new in self._pending.items():
                 if name not in self._held:
-                    self._held[name] = new.new_empty(self.capacity, new.shape[1])
+                    self._held[name] = new.new_zeros(self.capacity, new.shape[1])
                 self._held[name].index_copy_(0, slots.to(new.device), new[:n])
             self._pending = {name: new[n:] for name, new in self._pending.items()}
+            self._to_come = None if self._to_come is None else self._to_come - n
 
     def first(self, n: int) -> dict[str, Float[Tensor, "n d"]]:
-        """Return up to `n` of the rows held, without taking them."""
+        """Return up to `n` rows without taking them: those held, and ones drawn that nothing has replaced."""
         self.fill()
         return {name: held[:n] for name, held in self._held.items()}
 
@@ -201,6 +210,7 @@ class ShuffleBuffer:
             "held": dict(self._held),
             "pending": {name: rows.clone() for name, rows in self._pending.items()},
             "free": self._free,
+            "to_come": self._to_come,
             "generator": self._generator.get_state(),
             "rows": self.rows.state(),
         }
@@ -208,9 +218,6 @@ class ShuffleBuffer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Be where `state()` was taken."""
         self._held, self._pending = dict(state["held"]), dict(state["pending"])
-        self._free = state["free"]
+        self._free, self._to_come = state["free"], state["to_come"]
         self._generator.set_state(state["generator"])
         self.rows.restore(state["rows"])
-
-
-Edit = Callable[[Tensor, Tensor], Tensor]

@@ -168,7 +168,7 @@ class JumpReLUCoder(Coder):
     def sparsify(self, pre: Tensor, l0: float) -> None:
         """Start every threshold where `l0` latents of a row are active."""
         self.threshold.fill_(_quantile(pre, l0))
-        self.bandwidth.copy_(self._BAND * self.threshold.mean())
+        self.bandwidth.copy_((self._BAND * self.threshold.mean()).clamp(min=1e-3))
 
     def select(self, x: Tensor, pre: Tensor, *, learn: bool = True) -> Coded:
         """See `Coder.select`."""

@@ -85,7 +85,7 @@ def train_saes(
         TrainingError: when a loss is not finite, with the step, the site and the last checkpoint.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    config = config or TrainingConfig()
+    config = TrainingConfig() if config is None else config
     _check_options(model, config, cache, cache_tokens, log_every)
     device = torch.device("cpu") if model is None else next(model.parameters()).device
     join(device)

@@ -35,6 +35,9 @@ from auto_circuit.model_utils.sparse_autoencoders.training.run_folder import Tra
 
 Metrics = dict[str, Any]
 
+#: Batches that initial values are computed from.
+_FIRST = 8
+
 #: Activations that published SAEs are measured on, and BatchTopK's threshold is set on.
 _MEASURED = 16_384
 
@@ -52,17 +55,20 @@ class TrainingRun:
     ) -> None:
         self.rows, self.config, self.folder, self.identity = rows, config, folder, identity
         self.generator = torch.Generator().manual_seed(config.seed)
-        capacity = max(config.batch_size, min(config.buffer_tokens, config.n_tokens))
-        self.buffer = ShuffleBuffer(rows, capacity, self.generator)
+        self.local_steps = config.n_steps
+        if config.loss != "local":
+            share = 1.0 if config.loss == "end_to_end" else config.end_to_end_share
+            self.local_steps = config.n_steps - round(share * config.n_steps)
+        # End-to-end training needs some rows too, for initial values.
+        total = max(self.local_steps, _FIRST) * config.batch_size
+        self.buffer = ShuffleBuffer(
+            rows, min(max(config.buffer_tokens, config.batch_size), total), self.generator, total
+        )
         self.device = torch.device("cpu") if model is None else next(model.parameters()).device
         self.coders = {site: make_coder(width, config).to(self.device) for site, width in rows.widths.items()}
         self.optimisers = {site: _adam(coder) for site, coder in self.coders.items()}
         self._text_start = rows.state()
         self.step = 0
-        self.local_steps = config.n_steps
-        if config.loss != "local":
-            share = 1.0 if config.loss == "end_to_end" else config.end_to_end_share
-            self.local_steps = config.n_steps - round(share * config.n_steps)
         self._end_to_end: EndToEndLoss | None = None
         if self.local_steps < config.n_steps:
             if not isinstance(rows, ModelActivations):
@@ -120,7 +126,7 @@ class TrainingRun:
         state = self.folder.load() if self.folder is not None else None
         state = from_first(state)
         if state is None:
-            first = self.buffer.first(self.config.batch_size * 8)
+            first = self.buffer.first(self.config.batch_size * _FIRST)
             for site, coder in self.coders.items():
                 _check_finite(site, first[site])
                 coder.start(first[site].to(self.device), self.generator)

@@ -134,19 +134,28 @@ def test_the_buffer_gives_every_row_once_mixed_and_aligned() -> None:
     assert held | set(seen) == set(range(350))  # none lost
 
 
+def test_no_more_rows_are_asked_for_than_are_drawn() -> None:
+    source = Counting(10)
+    buffer = ShuffleBuffer(source, 50, torch.Generator().manual_seed(0), total=200)
+    seen = torch.cat([buffer.next_batch(20)["a"] for _ in range(10)]).flatten()
+    assert sorted(seen.tolist()) == list(range(200)) and source.n == 200  # each once, the buffer is empty
+    assert len(buffer.first(50)["a"]) == 50 and source.n == 200  # still there to look at
+
+
 def test_batches_do_not_depend_on_how_many_rows_come_at_once() -> None:
     one, other = _buffer(1), _buffer(13)
     for _ in range(12):
         assert torch.equal(one.next_batch(9)["a"], other.next_batch(9)["a"])
 
 
-def test_a_restored_buffer_goes_on_with_the_same_batches() -> None:
-    buffer = _buffer()
+@pytest.mark.parametrize("total", [None, 110])
+def test_a_restored_buffer_goes_on_with_the_same_batches(total: int | None) -> None:
+    buffer = ShuffleBuffer(Counting(), 50, torch.Generator().manual_seed(0), total)
     for _ in range(5):
         buffer.next_batch(10)
     state = buffer.state()
     state = {**state, "held": {k: v.clone() for k, v in state["held"].items()}}
     expected = [buffer.next_batch(10)["b"] for _ in range(6)]
-    other = ShuffleBuffer(Counting(), 50, torch.Generator().manual_seed(99))
+    other = ShuffleBuffer(Counting(), 50, torch.Generator().manual_seed(99), total)
     other.restore(state)
     assert all(torch.equal(a, other.next_batch(10)["b"]) for a in expected)
